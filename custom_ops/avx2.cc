@@ -1,0 +1,66 @@
+// The kernels for AVX2. Everything is in unnamed namespaces except the table, see STYLE.md, section 5.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace vqonnx {
+namespace {
+
+struct Narrow {
+  static constexpr std::size_t kLanes = 4;
+  static __m128 Load(const float* p) { return _mm_loadu_ps(p); }
+  static void Store(float* p, __m128 a) { _mm_storeu_ps(p, a); }
+  static __m128 Add(__m128 a, __m128 b) { return _mm_add_ps(a, b); }
+  static __m128 Mul(__m128 a, __m128 b) { return _mm_mul_ps(a, b); }
+  static __m128 Set(float a) { return _mm_set1_ps(a); }
+};
+
+struct Wide {
+  static constexpr std::size_t kLanes = 8;
+  static __m256 Load(const float* p) { return _mm256_loadu_ps(p); }
+  static void Store(float* p, __m256 a) { _mm256_storeu_ps(p, a); }
+  static __m256 Add(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+  static __m256 Mul(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
+  static __m256 Set(float a) { return _mm256_set1_ps(a); }
+};
+using Middle = Wide;
+
+inline std::uint64_t LoadEight(const std::uint8_t* p) {
+  return static_cast<std::uint64_t>(_mm_cvtsi128_si64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+
+// Each code ends up in the lowest byte of a 64-bit lane; shifting the lanes over each other leaves one shuffle to do.
+inline void UnpackOctet(std::uint64_t window, std::size_t bits, std::uint8_t* out) {
+  const long long b = static_cast<long long>(bits);
+  const __m256i all = _mm256_set1_epi64x(static_cast<long long>(window));
+  const __m256i mask = _mm256_set1_epi64x((1LL << b) - 1);
+  const __m256i low = _mm256_and_si256(_mm256_srlv_epi64(all, _mm256_setr_epi64x(0, b, 2 * b, 3 * b)), mask);
+  const __m256i high = _mm256_and_si256(_mm256_srlv_epi64(all, _mm256_setr_epi64x(4 * b, 5 * b, 6 * b, 7 * b)), mask);
+  const __m256i both = _mm256_or_si256(low, _mm256_slli_epi64(high, 32));  // 0 . 4 . | 1 . 5 . | 2 . 6 . | 3 . 7 .
+  const __m128i even_odd =
+      _mm_or_si128(_mm256_castsi256_si128(both), _mm_slli_epi64(_mm256_extracti128_si256(both, 1), 16));
+  const __m128i order = _mm_setr_epi8(0, 8, 2, 10, 4, 12, 6, 14, -1, -1, -1, -1, -1, -1, -1, -1);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_shuffle_epi8(even_odd, order));
+}
+
+struct WordTable {
+  static constexpr std::size_t kWords = 16;
+  explicit WordTable(const float* words) : low_(Wide::Load(words)), high_(Wide::Load(words + 8)) {}
+  __m256 At(const std::uint8_t* codes) const {
+    const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+    const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 becomes the sign
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low_, index), _mm256_permutevar8x32_ps(high_, index), is_high);
+  }
+  __m256 low_, high_;
+};
+
+}  // namespace
+}  // namespace vqonnx
+
+#include "kernels-inl.h"
+
+namespace vqonnx {
+
+const Kernels kAvx2 = {.name = "avx2", .unpack = Unpack, .decode_row = DecodeRow};
+
+}  // namespace vqonnx

@@ -1,0 +1,85 @@
+// What `vqonnx.Decode` means (docs/format.md): checks of its inputs, and the way from rows to the transposed tensor.
+// Knows neither onnxruntime nor intrinsics.
+#ifndef VQONNX_DECODE_H_
+#define VQONNX_DECODE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace vqonnx {
+
+// Inputs that do not fit together. The text is one line and lacks only the name of the weight.
+class Invalid : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// ONNX's own numbers (TensorProto.DataType); every other number is a type that no input may have.
+enum class Type : int { kUndefined = 0, kFloat32 = 1, kUint8 = 2, kInt64 = 7, kFloat16 = 10 };
+
+struct Tensor {
+  const void* data = nullptr;
+  Type type = Type::kUndefined;
+  std::vector<std::int64_t> dims;
+};
+
+struct Inputs {
+  Tensor codes, codebooks, scales, layout;
+};
+
+// Inputs that have been checked, and the plan of the work. Immutable, so any number of threads may run tasks of it.
+// Holds no pointer to the inputs: only sizes, and the codebooks in float32.
+class Decode {
+ public:
+  // Throws Invalid. The codes are read to see that each is smaller than `words`.
+  Decode(const Inputs& inputs, std::span<const std::int64_t> perm, const Kernels& kernels);
+
+  const std::vector<std::int64_t>& shape() const { return shape_; }
+
+  // The output falls into this many parts, which can be written in any order and at the same time.
+  std::size_t tasks() const { return row_blocks_ * col_blocks_; }
+
+  // Writes one part. `codes` and `scales` are inputs like those that were checked. May throw std::bad_alloc.
+  void Run(const Tensor& codes, const Tensor& scales, std::size_t task, float* out) const;
+
+ private:
+  // One loop over the matrix: `size` steps that are `from` apart there and `to` apart in the output.
+  struct Axis {
+    std::size_t size, from, to;
+  };
+  enum class Path {
+    kStraight,  // the output is the matrix: rows are decoded in place
+    kBlocked,   // rows end where an axis ends: a block is decoded, then its axes are walked in the order of the output
+    kScattered  // anything else: each value finds its own place
+  };
+
+  void CheckCodes(const Coded& matrix) const;
+  void PlanAxes(std::span<const std::int64_t> sizes, std::span<const std::int64_t> perm);
+  void PlanBlocks();
+  std::size_t ColumnStep(std::size_t target) const;
+  std::size_t Offset(std::size_t index, std::size_t first_axis, std::size_t last_axis) const;
+  static void Copy(const Axis* axis, const Axis* end, const float* from, float* to);
+
+  Coded matrix_ = {};  // its pointers are set by Run
+  std::size_t cols_ = 0;
+  std::vector<float> codebooks_;  // padded by kPad
+  std::vector<std::int64_t> shape_;
+
+  const Kernels* kernels_;
+  Path path_ = Path::kStraight;
+  std::vector<Axis> axes_;  // in the order of the matrix; those before `split_` make its rows
+  std::size_t split_ = 0;   // kBlocked only
+  std::size_t run_ = 0;     // rows that a block may share: those of the last row axis
+  std::size_t block_rows_ = 0, block_cols_ = 0;
+  std::size_t row_blocks_ = 0, col_blocks_ = 0;
+};
+
+}  // namespace vqonnx
+
+#endif  // VQONNX_DECODE_H_

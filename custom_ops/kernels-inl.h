@@ -1,0 +1,178 @@
+// The algorithms of the kernels, once, over a small vocabulary that the including file supplies in its unnamed
+// namespace:
+//
+//   Narrow, Middle, Wide       vectors of floats, `kLanes` of them: Load, Store, Add, Mul, Set (all lanes one value)
+//   LoadEight(p)               eight bytes, the first one lowest
+//   UnpackOctet(w, bits, out)  the eight codes in the low 8 * bits bits of `w`
+//   WordTable                  the first `kWords` floats of a codebook; At(codes) looks up Wide::kLanes codes at once
+//
+// No include guard and no standard library on purpose: see STYLE.md, section 5.
+
+namespace vqonnx {
+namespace {
+
+constexpr std::size_t kChunk = 64;     // codes unpacked at a time; a multiple of kOctet
+constexpr std::size_t kMaxStages = 8;  // stages whose codes are unpacked beside each other
+
+// The first bytes of a little-endian bit string: eight, or fewer at its end, where zeros follow.
+inline std::uint64_t LoadBits(const std::uint8_t* packed, std::size_t bytes) {
+  if (bytes >= 8) return LoadEight(packed);
+  std::uint64_t window = 0;
+  for (std::size_t i = 0; i < bytes; ++i) window |= static_cast<std::uint64_t>(packed[i]) << (8 * i);
+  return window;
+}
+
+void Unpack(const std::uint8_t* packed, std::size_t bytes, std::size_t bits, std::size_t count, std::uint8_t* out) {
+  for (std::size_t done = 0; done < count; done += kOctet) {
+    UnpackOctet(LoadBits(packed, bytes), bits, out + done);
+    packed += bits;
+    bytes -= bytes < bits ? bytes : bits;  // the last octet of a row may be incomplete
+  }
+}
+
+// Some blocks of one row, their codes unpacked.
+struct Span {
+  const std::uint8_t* codes[kMaxStages];  // [stages][blocks]
+  std::size_t blocks;
+  std::size_t cols;  // (blocks - 1) * width < cols <= blocks * width
+  std::size_t room;  // cols, and what else of the row follows and may be written for now
+  std::size_t book;  // of the first block
+  float scale;
+  float* out;
+};
+
+// Blocks `first` and later, one value at a time. For the end of a row, where a vector would reach too far.
+void DecodeExactly(const Coded& m, const Span& span, std::size_t first) {
+  const std::size_t stage_size = m.books * m.words * m.width;
+  for (std::size_t block = first; block < span.blocks; ++block) {
+    const float* book = m.codebooks + (span.book + block) % m.books * m.words * m.width;
+    const std::size_t begin = block * m.width;
+    const std::size_t length = span.cols - begin < m.width ? span.cols - begin : m.width;
+    for (std::size_t i = 0; i < length; ++i) {
+      float sum = book[span.codes[0][block] * m.width + i];
+      for (std::size_t s = 1; s < m.stages; ++s) sum += book[s * stage_size + span.codes[s][block] * m.width + i];
+      span.out[begin + i] = sum * span.scale;
+    }
+  }
+}
+
+// Whole blocks as kVectors vectors each (0: as many as the width needs) and kStages stages (0: as many as there are).
+// A block's last vector may reach into the next block, which is written later; the caller sees to the end of the room.
+template <class F, std::size_t kVectors, std::size_t kStages>
+void DecodeBlocks(const Coded& m, const Span& span, std::size_t blocks) {
+  const std::size_t width = m.width;
+  const std::size_t vectors = kVectors ? kVectors : (width + F::kLanes - 1) / F::kLanes;
+  const std::size_t stages = kStages ? kStages : m.stages;
+  const std::size_t book_size = m.words * width;
+  const std::size_t stage_size = m.books * book_size;
+  const float* const end = m.codebooks + stage_size;
+  const float* book = m.codebooks + span.book * book_size;
+  const auto scale = F::Set(span.scale);
+  float* out = span.out;
+  for (std::size_t block = 0; block < blocks; ++block) {
+    const float* first = book + span.codes[0][block] * width;
+    for (std::size_t v = 0; v < vectors; ++v) {
+      auto sum = F::Load(first + v * F::kLanes);
+      for (std::size_t s = 1; s < stages; ++s) {
+        sum = F::Add(sum, F::Load(book + s * stage_size + span.codes[s][block] * width + v * F::kLanes));
+      }
+      F::Store(out + v * F::kLanes, F::Mul(sum, scale));
+    }
+    out += width;
+    book += book_size;
+    if (book == end) book = m.codebooks;
+  }
+}
+
+template <class F, std::size_t kVectors>
+void DecodeSpan(const Coded& m, const Span& span) {
+  // The vectors of a block write `reach` floats; the fast part ends with the last block for which they stay in the
+  // room.
+  const std::size_t reach = (m.width + F::kLanes - 1) / F::kLanes * F::kLanes;
+  const std::size_t fitting = span.room < reach ? 0 : (span.room - reach) / m.width + 1;
+  const std::size_t blocks = fitting < span.blocks ? fitting : span.blocks;
+  if (m.stages == 1) {
+    DecodeBlocks<F, kVectors, 1>(m, span, blocks);
+  } else if (m.stages == 2) {
+    DecodeBlocks<F, kVectors, 2>(m, span, blocks);
+  } else {
+    DecodeBlocks<F, kVectors, 0>(m, span, blocks);
+  }
+  DecodeExactly(m, span, blocks);
+}
+
+// One column a block and a codebook that fits in registers: binary codes, scalar k-means, powers of two.
+void DecodeScalars(const Coded& m, const Span& span) {
+  const auto scale = Wide::Set(span.scale);
+  std::size_t block = 0;
+  if (m.stages == 1) {  // the usual case: the table stays in registers
+    const WordTable table(m.codebooks);
+    for (; block + Wide::kLanes <= span.blocks; block += Wide::kLanes) {
+      Wide::Store(span.out + block, Wide::Mul(table.At(span.codes[0] + block), scale));
+    }
+  } else {
+    for (; block + Wide::kLanes <= span.blocks; block += Wide::kLanes) {
+      auto sum = WordTable(m.codebooks).At(span.codes[0] + block);
+      for (std::size_t s = 1; s < m.stages; ++s) {
+        sum = Wide::Add(sum, WordTable(m.codebooks + s * m.words).At(span.codes[s] + block));
+      }
+      Wide::Store(span.out + block, Wide::Mul(sum, scale));
+    }
+  }
+  DecodeExactly(m, span, block);
+}
+
+// More stages than DecodeRow unpacks beside each other: reads every code where it is.
+void DecodeManyStages(const Coded& m, std::size_t row, std::size_t group, std::size_t cols, float scale, float* out) {
+  const std::size_t mask = (std::size_t{1} << m.bits) - 1;
+  for (std::size_t col = 0; col < cols; ++col) {
+    const std::size_t block = group + col / m.width;
+    const std::size_t byte = block * m.bits / 8;
+    const float* word = m.codebooks + block % m.books * m.words * m.width + col % m.width;
+    float sum = 0;
+    for (std::size_t s = 0; s < m.stages; ++s) {
+      const std::uint8_t* codes = m.codes + (s * m.rows + row) * m.row_bytes;
+      const std::size_t window = codes[byte] | (byte + 1 < m.row_bytes ? std::size_t{codes[byte + 1]} << 8 : 0);
+      const float value = word[(window >> (block * m.bits % 8) & mask) * m.width];
+      sum = s == 0 ? value : sum + value;
+      word += m.books * m.words * m.width;
+    }
+    out[col] = sum * scale;
+  }
+}
+
+void DecodeRow(const Coded& m, std::size_t row, std::size_t group, std::size_t cols, float scale, float* out) {
+  if (m.stages > kMaxStages) return DecodeManyStages(m, row, group, cols, scale, out);
+  alignas(64) std::uint8_t unpacked[kMaxStages][kChunk];
+  Span span = {};
+  span.scale = scale;
+  for (std::size_t left = (cols - 1) / m.width + 1; left > 0; left -= span.blocks, group += span.blocks) {
+    span.blocks = left < kChunk ? left : kChunk;
+    span.cols = cols < span.blocks * m.width ? cols : span.blocks * m.width;
+    span.room = cols;
+    span.book = group % m.books;
+    span.out = out;
+    const std::size_t byte = group * m.bits / 8;
+    for (std::size_t s = 0; s < m.stages; ++s) {
+      const std::uint8_t* packed = m.codes + (s * m.rows + row) * m.row_bytes + byte;
+      span.codes[s] = m.bits == 8 ? packed : unpacked[s];
+      if (m.bits != 8) Unpack(packed, m.row_bytes - byte, m.bits, span.blocks, unpacked[s]);
+    }
+    if (m.width == 1 && m.books == 1 && m.words <= WordTable::kWords) {
+      DecodeScalars(m, span);
+    } else if (m.width <= Narrow::kLanes) {
+      DecodeSpan<Narrow, 1>(m, span);
+    } else if (m.width <= Middle::kLanes) {
+      DecodeSpan<Middle, 1>(m, span);
+    } else if (m.width <= Wide::kLanes) {
+      DecodeSpan<Wide, 1>(m, span);
+    } else {
+      DecodeSpan<Wide, 0>(m, span);
+    }
+    out += span.cols;
+    cols -= span.cols;
+  }
+}
+
+}  // namespace
+}  // namespace vqonnx

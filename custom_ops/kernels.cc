@@ -1,0 +1,161 @@
+// The portable kernels, which are the specification of the fast ones, and the choice between tables.
+#include "kernels.h"
+
+#include <cassert>
+#include <cstdio>
+#include <cstring>
+
+#if defined(VQONNX_X86)
+#if defined(_MSC_VER)
+#include <immintrin.h>
+#include <intrin.h>
+#else
+#include <cpuid.h>
+#endif
+#endif
+
+namespace vqonnx {
+namespace {
+
+struct Scalar {
+  static constexpr std::size_t kLanes = 1;
+  static float Load(const float* p) { return *p; }
+  static void Store(float* p, float a) { *p = a; }
+  static float Add(float a, float b) { return a + b; }
+  static float Mul(float a, float b) { return a * b; }
+  static float Set(float a) { return a; }
+};
+using Narrow = Scalar;
+using Middle = Scalar;
+using Wide = Scalar;
+
+std::uint64_t LoadEight(const std::uint8_t* p) {
+  std::uint64_t window = 0;
+  for (std::size_t i = 0; i < 8; ++i) window |= static_cast<std::uint64_t>(p[i]) << (8 * i);
+  return window;
+}
+
+void UnpackOctet(std::uint64_t window, std::size_t bits, std::uint8_t* out) {
+  assert(1 <= bits && bits <= 8);
+  for (std::size_t i = 0; i < kOctet; ++i) {
+    out[i] = static_cast<std::uint8_t>(window >> (i * bits) & ((1U << bits) - 1));
+  }
+}
+
+struct WordTable {
+  static constexpr std::size_t kWords = 256;
+  explicit WordTable(const float* words) : words_(words) {}
+  float At(const std::uint8_t* codes) const { return words_[*codes]; }
+  const float* words_;
+};
+
+}  // namespace
+}  // namespace vqonnx
+
+#include "kernels-inl.h"
+
+namespace vqonnx {
+namespace {
+
+void CheckedDecodeRow(const Coded& m, std::size_t row, std::size_t group, std::size_t cols, float scale, float* out) {
+  assert(row < m.rows && cols >= 1 && group % kOctet == 0);
+  assert(m.stages >= 1 && m.books >= 1 && m.words >= 1 && m.width >= 1);
+  assert(1 <= m.bits && m.bits <= 8 && m.words <= std::size_t{1} << m.bits);
+  assert(((group + (cols - 1) / m.width + 1) * m.bits + 7) / 8 <= m.row_bytes);
+  DecodeRow(m, row, group, cols, scale, out);
+}
+
+#if defined(VQONNX_X86)
+struct Registers {
+  unsigned a, b, c, d;
+};
+
+Registers CpuId(unsigned leaf) {
+#if defined(_MSC_VER)
+  int r[4];
+  __cpuidex(r, static_cast<int>(leaf), 0);
+  return {static_cast<unsigned>(r[0]), static_cast<unsigned>(r[1]), static_cast<unsigned>(r[2]),
+          static_cast<unsigned>(r[3])};
+#else
+  Registers r = {};
+  if (!__get_cpuid_count(leaf, 0, &r.a, &r.b, &r.c, &r.d)) return {};
+  return r;
+#endif
+}
+
+// Which register files the operating system saves for a thread. Only valid when CPUID reports OSXSAVE.
+unsigned SavedState() {
+#if defined(_MSC_VER)
+  return static_cast<unsigned>(_xgetbv(0));
+#else
+  unsigned low = 0, high = 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low;
+#endif
+}
+
+bool HasAll(unsigned value, unsigned mask) { return (value & mask) == mask; }
+
+unsigned Bit(int n) { return 1U << n; }
+
+bool HasAvx2() {
+  if (CpuId(0).a < 7) return false;
+  const unsigned osxsave = Bit(27), avx = Bit(28), avx2 = Bit(5), xmm_ymm = Bit(1) | Bit(2);
+  return HasAll(CpuId(1).c, osxsave | avx) && HasAll(SavedState(), xmm_ymm) && HasAll(CpuId(7).b, avx2);
+}
+
+bool HasAvx512() {
+  const unsigned f = Bit(16), dq = Bit(17), bw = Bit(30), vl = Bit(31), mask_zmm = Bit(5) | Bit(6) | Bit(7);
+  return HasAvx2() && HasAll(SavedState(), mask_zmm) && HasAll(CpuId(7).b, f | dq | bw | vl);
+}
+#endif
+
+bool Always() { return true; }
+
+struct Entry {
+  const Kernels* kernels;
+  bool (*usable)();
+};
+
+// Slowest first.
+const Entry kEntries[] = {
+    {&kPortable, Always},
+#if defined(VQONNX_X86)
+    {&kAvx2, HasAvx2},
+    {&kAvx512, HasAvx512},
+#endif
+};
+static_assert(sizeof(kEntries) / sizeof(kEntries[0]) <= kMaxTables);
+
+}  // namespace
+
+const Kernels kPortable = {.name = "portable", .unpack = Unpack, .decode_row = CheckedDecodeRow};
+
+std::size_t UsableKernels(const Kernels** tables) {
+  std::size_t count = 0;
+  for (const Entry& entry : kEntries) {
+    if (entry.usable()) tables[count++] = entry.kernels;
+  }
+  return count;
+}
+
+const Kernels* ChooseKernels(const char* isa, char* error, std::size_t error_size) {
+  const Kernels* best = nullptr;
+  bool known = false;
+  char names[64] = "";
+  for (const Entry& entry : kEntries) {
+    const bool usable = entry.usable();
+    const bool asked = isa != nullptr && std::strcmp(isa, entry.kernels->name) == 0;
+    if (asked && usable) return entry.kernels;
+    if (usable) best = entry.kernels;
+    known = known || asked;
+    const std::size_t length = std::strlen(names);
+    std::snprintf(names + length, sizeof(names) - length, "%s%s", length ? ", " : "", entry.kernels->name);
+  }
+  if (isa == nullptr || *isa == '\0') return best;
+  std::snprintf(error, error_size, "VQONNX_ISA is '%.40s', which %s; known are: %s (this processor: up to %s)", isa,
+                known ? "this processor lacks" : "is no instruction set of this library", names, best->name);
+  return nullptr;
+}
+
+}  // namespace vqonnx

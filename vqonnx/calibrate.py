@@ -1,0 +1,295 @@
+"""Walk through the layers in order, each with its inputs as the already compressed layers before it make them.
+
+The model is cut at every layer. What is alive at a cut (the frontier) is kept for each calibration batch, in memory up
+to a limit and in a temporary folder above it; the nodes up to the next layer start from there. So every node runs once
+over the calibration data, and memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper, shape_inference
+
+from vqonnx.errors import DataError, VqonnxError
+from vqonnx.graph import Site, attributes, scopes
+from vqonnx.modelfile import make_tensor, to_array
+from vqonnx.moments import Moments, MomentsAccumulator
+from vqonnx.place import node_reads
+from vqonnx.runtime import open_session, run
+from vqonnx.unfold import unfold
+from vqonnx.view import Order
+
+POSITIONS = 256
+_MEMORY_LIMIT = 2**29
+
+_log = logging.getLogger(__name__)
+Batch = dict[str, Any]
+
+
+class Walk:
+    """Observe sites one after the other, replacing their weights on the way. A context manager: it holds a folder.
+
+    Args:
+        model: The original model; not changed.
+        folder: Where it lies, for external data.
+        sites: Those that will be observed, in order of their layers.
+        feeds: Calibration batches; read once.
+        positions: Output positions of each image that are looked at.
+        seed: Seed for the choice of positions.
+
+    Raises:
+        DataError: There are no batches, or a batch does not run, or gives NaN or Inf.
+    """
+
+    def __init__(
+        self,
+        model: ModelProto,
+        folder: str | Path,
+        sites: Iterable[Site],
+        feeds: Iterable[Mapping[str, Any]],
+        *,
+        positions: int = POSITIONS,
+        seed: int = 0,
+    ) -> None:
+        self._segments = _Segments(model, Path(folder))
+        self._positions = positions
+        self._rng = np.random.default_rng(seed)
+        self._frontier = _Spool()
+        self._at = 0
+        for feed in feeds:
+            self._frontier.append(dict(feed))
+        if not len(self._frontier):
+            raise DataError("the calibration data hold no batch; give at least one")
+        self._wanted = self._segments.needed_for([site.node.input[0] for site in sites if self.can_observe(site)])
+
+    def can_observe(self, site: Site) -> bool:
+        """Whether the layer's input can be seen: it can in the main graph, not in subgraphs and functions."""
+        return self._segments.position(site.node) is not None and not self._segments.is_constant(site.node.input[0])
+
+    def observe(self, site: Site, order: Order) -> Moments:
+        """Second moments of what the first layer of the site sees, in the column order of the weight's view."""
+        position = self._segments.position(site.node)
+        assert position is not None, site.name
+        self._advance(position)
+        name = site.node.input[0]
+        accumulator: MomentsAccumulator | None = None
+        for batch in self._frontier:
+            rows = unfold(
+                site.op_type,
+                attributes(site.node),
+                site.shape,
+                np.asarray(batch[name], np.float32),
+                order=order,
+                positions=self._positions,
+                rng=self._rng,
+            )
+            if not np.isfinite(rows).all():
+                raise DataError(f"{site.name}: its inputs are not finite on the calibration data; check the data")
+            if accumulator is None:
+                accumulator = MomentsAccumulator(rows.shape[0], rows.shape[2])
+            accumulator.add(rows)
+        assert accumulator is not None
+        return accumulator.result()
+
+    def replace(self, site: Site, tensor: NDArray[np.float32]) -> None:
+        """Use ``tensor`` as the weight of the site from here on."""
+        self._segments.replace(site, tensor)
+
+    def _advance(self, position: int) -> None:
+        """Run the nodes before ``position`` that are still to run and are needed."""
+        if position <= self._at:
+            return
+        nodes = [node for node in self._segments.nodes[self._at : position] if id(node) in self._wanted]
+        alive = self._segments.alive_at(position, self._wanted)
+        later = _Spool()
+        with self._frontier as before:
+            made = {name for node in nodes for name in node.output}
+            session = None
+            for batch in before:
+                kept = {name: value for name, value in batch.items() if name in alive}
+                if made & alive:
+                    if session is None:
+                        model = self._segments.model(nodes, batch, sorted(made & alive))
+                        session = open_session(model.SerializeToString())
+                    known = {entry.name for entry in session.get_inputs()}
+                    kept |= run(session, {name: value for name, value in batch.items() if name in known})
+                later.append(kept)
+        self._frontier = later
+        self._at = position
+
+    def __enter__(self) -> Walk:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._frontier.__exit__(kind, error, trace)
+
+
+class _Segments:
+    """The nodes of the main graph in order, and small models made of runs of them."""
+
+    def __init__(self, model: ModelProto, folder: Path) -> None:
+        self._model, self._folder = model, folder
+        self._scope = scopes(model)[0]
+        self._replaced: dict[str, TensorProto] = {}
+        self._types: dict[str, ValueInfoProto] | None = None
+        self._constants: dict[str, NodeProto] = {}  # nodes that depend on constants only, by output
+        self.nodes: list[NodeProto] = []  # the others
+        for node in model.graph.node:
+            inner = any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
+            if (
+                not inner
+                and all(self.is_constant(name) for name in node.input)
+                and (node.input or node.op_type == "Constant")
+            ):
+                self._constants.update((name, node) for name in node.output)
+            else:
+                self.nodes.append(node)
+        self._positions = {id(node): position for position, node in enumerate(self.nodes)}
+
+    def is_constant(self, name: str) -> bool:
+        """Whether the value does not depend on the model's inputs."""
+        return not name or name in self._scope.initializers or name in self._constants
+
+    def position(self, node: NodeProto) -> int | None:
+        return self._positions.get(id(node))
+
+    def replace(self, site: Site, tensor: NDArray[np.float32]) -> None:
+        if site.scope.proto is self._model.graph:
+            self._replaced[site.name] = make_tensor(tensor, site.elem_type, site.name)
+
+    def needed_for(self, names: list[str]) -> set[int]:
+        """The nodes (by id) that the named values depend on."""
+        wanted, needed = set(names), set()
+        for node in reversed(self.nodes):
+            if wanted & set(node.output):
+                needed.add(id(node))
+                wanted |= node_reads(node)
+        return needed | {id(self.nodes[position]) for position in self._layers(names)}
+
+    def _layers(self, names: list[str]) -> Iterator[int]:
+        wanted = set(names)
+        for position, node in enumerate(self.nodes):
+            if node.input and node.input[0] in wanted:
+                yield position
+
+    def alive_at(self, position: int, wanted: set[int]) -> set[str]:
+        """Values that the wanted nodes from ``position`` on read."""
+        read: set[str] = set()
+        for node in self.nodes[position:]:
+            if id(node) in wanted:
+                read |= node_reads(node)
+        return read
+
+    def model(self, nodes: list[NodeProto], batch: Batch, outputs: list[str]) -> ModelProto:
+        """A model that computes ``outputs`` from values of ``batch``."""
+        inputs, initializers, constants = self._closure(nodes, batch)
+        graph = helper.make_graph(
+            [*constants, *nodes],
+            "segment",
+            [self._input(name, batch[name]) for name in sorted(inputs)],
+            [ValueInfoProto(name=name) for name in outputs],
+            initializer=initializers,
+        )
+        return helper.make_model(
+            graph,
+            opset_imports=self._model.opset_import,
+            ir_version=max(self._model.ir_version, 4),
+            functions=self._model.functions,
+        )
+
+    def _closure(self, nodes: list[NodeProto], batch: Batch) -> tuple[set[str], list[TensorProto], list[NodeProto]]:
+        """What the nodes read: values of the batch, initializers, and constant nodes (in order)."""
+        made = {name for node in nodes for name in node.output}
+        todo = {name for node in nodes for name in node_reads(node)} - made - {""}
+        inputs: set[str] = set()
+        initializers: dict[str, TensorProto] = {}
+        constants: dict[int, NodeProto] = {}
+        while todo:
+            name = todo.pop()
+            if name in batch:
+                inputs.add(name)
+            elif name in self._replaced:
+                initializers[name] = self._replaced[name]
+            elif name in self._scope.initializers:
+                initializers[name] = self._inline(self._scope.initializers[name])
+            elif name in self._constants and id(self._constants[name]) not in constants:
+                node = self._constants[name]
+                constants[id(node)] = node
+                todo |= set(node.input) - {""}
+        ordered = [node for node in self._model.graph.node if id(node) in constants]
+        return inputs, list(initializers.values()), ordered
+
+    def _inline(self, tensor: TensorProto) -> TensorProto:
+        if tensor.data_location != TensorProto.EXTERNAL:
+            return tensor
+        return numpy_helper.from_array(to_array(tensor, self._folder), tensor.name)
+
+    def _input(self, name: str, value: Any) -> ValueInfoProto:
+        if isinstance(value, np.ndarray):
+            kind = TensorProto.STRING if value.dtype.kind in "OUS" else helper.np_dtype_to_tensor_dtype(value.dtype)
+            return helper.make_tensor_value_info(name, kind, [None] * value.ndim)
+        if self._types is None:  # sequences and optional values say too little of their type: ask shape inference
+            graph = shape_inference.infer_shapes(self._model).graph
+            self._types = {info.name: info for info in (*graph.value_info, *graph.input)}
+        if name not in self._types:
+            raise DataError(
+                f"cannot calibrate through '{name}', whose type is unknown; use a method without calibration"
+            )
+        return self._types[name]
+
+
+class _Spool:
+    """Batches in order: in memory up to a limit, in a temporary folder above it."""
+
+    def __init__(self) -> None:
+        self._batches: list[Batch | Path] = []
+        self._bytes = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def append(self, batch: Batch) -> None:
+        size = sum(value.nbytes if isinstance(value, np.ndarray) else 0 for value in batch.values())
+        if self._bytes + size <= _MEMORY_LIMIT:
+            self._bytes += size
+            self._batches.append(batch)
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="vqonnx-calibration-")
+        path = Path(self._folder.name) / str(len(self._batches))
+        try:
+            with path.open("wb") as file:
+                pickle.dump(batch, file, protocol=pickle.HIGHEST_PROTOCOL)
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise VqonnxError(f"{folder}: no room for calibration data ({error.strerror}); set TMPDIR") from error
+        self._batches.append(path)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._batches:
+            if isinstance(batch, Path):
+                with batch.open("rb") as file:
+                    yield pickle.load(file)
+            else:
+                yield batch
+
+    def __enter__(self) -> _Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._batches = []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None

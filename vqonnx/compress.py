@@ -1,0 +1,348 @@
+"""The pass over a model: find the layers, encode one after the other, put the forms in place, prove the result."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, TensorProto
+
+from vqonnx import modelfile
+from vqonnx.calibrate import Walk
+from vqonnx.errors import InputError, ModelError, OptionError, VerifyError, VqonnxError
+from vqonnx.form import Form
+from vqonnx.graph import LINEAR, Site, Skipped, find
+from vqonnx.method import Layer, LeftAlone, Method, Needs
+from vqonnx.methods import BGD, PQ
+from vqonnx.moments import Moments, snr_db
+from vqonnx.ops import DOMAIN
+from vqonnx.place import Placement, Target, place
+from vqonnx.record import LayerRecord, write_record
+from vqonnx.runtime import FeedSource, generate_feeds, get_library_path, open_session, read_feeds, read_inputs
+from vqonnx.verify import Comparison, compare
+from vqonnx.view import View
+
+# What a layer costs besides its arrays: a node, names and shapes. A form that saves less is not worth it.
+_OVERHEAD = 150
+# With and without the library the same weights are multiplied, only in another order.
+_LIBRARY_SNR_DB = 40.0
+
+_log = logging.getLogger(__name__)
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Override:
+    """A method for the layers whose weight or node name matches a pattern; None leaves them alone."""
+
+    pattern: str
+    method: Method | None
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A compressed model.
+
+    Attributes:
+        model: The ONNX model.
+        layers: How each layer was compressed.
+        skipped: Layers that were left alone, and why.
+        target: What it was written for.
+        source: Path of the original.
+        bytes_before: Bytes on disk of the original.
+    """
+
+    model: ModelProto
+    layers: tuple[LayerRecord, ...]
+    skipped: tuple[Skipped, ...]
+    target: Target
+    source: Path
+    bytes_before: int
+    _feeds: Iterable[Mapping[str, Any]] = field(repr=False)
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        verify: bool = True,
+        rtol: float | None = None,
+        atol: float | None = None,
+    ) -> Saved:
+        """Write the model, load and run it with and without the library, and only then give it its name.
+
+        Args:
+            path: Where to.
+            verify: False leaves out loading and running.
+            rtol: Refuse the file if an output differs from the original's by more than ``atol + rtol * |original|``.
+            atol: The same.
+
+        Raises:
+            InputError: The path is the original's, or cannot be written.
+            VerifyError: The written model does not load, does not run or differs too much. No file is left.
+        """
+        path = Path(path)
+        if path.exists() and path.samefile(self.source):
+            raise InputError(f"{path}: is the input itself, which is never changed; choose another output path")
+        with modelfile.whole_or_nothing(path) as draft:
+            modelfile.save(self.model, draft, self.source.parent)
+            comparison = self._verify(draft, rtol, atol) if verify else None
+            size = modelfile.file_bytes(draft)
+        return Saved(path, size, comparison)
+
+    def _verify(self, draft: Path, rtol: float | None, atol: float | None) -> Comparison:
+        comparison: Comparison | None = None
+        if self.target != "custom":
+            comparison = self._compare(self.source, draft, "without the library", False, rtol, atol)
+        if self.target == "portable":
+            assert comparison is not None
+            return comparison
+        try:
+            get_library_path()
+        except VqonnxError as error:
+            if comparison is None:
+                raise
+            _log.warning("not checked with the custom-op library: %s", error)
+            return comparison
+        with_library = self._compare(self.source, draft, "with the library", True, rtol, atol)
+        if comparison is not None:
+            apart = self._apart(draft)
+            if apart is not None and apart < _LIBRARY_SNR_DB:
+                raise VerifyError(
+                    f"{draft.name}: with and without the library the outputs differ by {apart:.1f} dB "
+                    f"(at least {_LIBRARY_SNR_DB:.0f} expected); please report this"
+                )
+        return comparison or with_library
+
+    def _compare(
+        self, original: Path, draft: Path, how: str, library: bool, rtol: float | None, atol: float | None
+    ) -> Comparison:
+        try:
+            comparison = compare(original, draft, self._feeds, library=library, rtol=rtol, atol=atol)
+        except VqonnxError as error:
+            raise VerifyError(f"the compressed model failed {how}, so it was not written: {error}") from error
+        if not comparison.passed:
+            failed = "; ".join(str(check) for check in comparison.checks if not check.passed)
+            raise VerifyError(f"the compressed model failed {how}, so it was not written: {failed}")
+        return comparison
+
+    def _apart(self, draft: Path) -> float | None:
+        """SNR in dB of the model with the library against itself without, on the first batch."""
+        plain, fused = open_session(draft), open_session(draft, library=True)
+        feed = dict(next(iter(self._feeds)))
+        signal = noise = 0.0
+        for a, b in zip(plain.run(None, feed), fused.run(None, feed), strict=True):
+            if isinstance(a, np.ndarray) and a.dtype.kind == "f":
+                signal += float(np.nansum(a.astype(np.float64) ** 2))
+                noise += float(np.nansum((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+        return snr_db(signal, noise)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A file that was written.
+
+    Attributes:
+        path: Where.
+        bytes: Its size on disk, external data included.
+        comparison: How it compares with the original on the calibration data or generated inputs; None if not verified.
+    """
+
+    path: Path
+    bytes: int
+    comparison: Comparison | None
+
+
+def compress(
+    model: str | Path,
+    method: Method | None = None,
+    *,
+    calibration: Any = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    op_types: Sequence[str] = LINEAR,
+    overrides: Sequence[Override] = (),
+    target: Target = "hybrid",
+    seed: int = 0,
+    batch: int = 16,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    allow_unchanged: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Replace the weights of a model by codes and codebooks.
+
+    Args:
+        model: Path of the ONNX model.
+        method: How; by default `BGD` with calibration data and `PQ` without.
+        calibration: A path of an ``.npz`` keyed by input name or of a folder of them, an iterable of dicts, or an
+            onnxruntime ``CalibrationDataReader``.
+        include: Compress only layers whose weight or node name matches one of these patterns (``*`` and ``?``).
+        exclude: Leave these alone.
+        op_types: Compress only these operators.
+        overrides: Methods for certain layers; the first pattern that matches wins.
+        target: ``hybrid``, ``portable`` or ``custom`` (docs/format.md).
+        seed: Same seed, same bytes.
+        batch: Images that are run at once where the model leaves the number open.
+        input_shapes: Shapes for generated inputs, where no calibration data are given.
+        allow_unchanged: Give the model back as it is where no layer can be compressed, instead of an error.
+        progress: Called with (layers done, layers in all, name of the next).
+
+    Raises:
+        ModelError: The model cannot be read, does not run, or has nothing to compress.
+        DataError: The calibration data do not fit it.
+        OptionError: A pattern matches nothing, or a method needs calibration data and there are none.
+    """
+    path = Path(model)
+    proto = modelfile.load(path)
+    _refuse_compressed(proto, path)
+    inputs = read_inputs(path)
+    open_session(path)  # a model that onnxruntime does not load cannot be verified either
+    found = find(proto, path.parent)
+    method = method or (PQ() if calibration is None else BGD())
+    plan, skipped = _plan(found.sites, method, include, exclude, op_types, overrides)
+    skipped = [*found.skipped, *skipped]
+    needs = any(chosen.needs is Needs.MOMENTS for _, chosen in plan)
+    if needs and calibration is None:
+        names = sorted({chosen.id for _, chosen in plan if chosen.needs is Needs.MOMENTS})
+        raise OptionError(f"method '{names[0]}' needs calibration data; give --calibration, or choose method pq")
+    feeds: FeedSource | list[dict[str, Any]]
+    if calibration is None:
+        feeds = generate_feeds(path, shapes=input_shapes, seed=seed)
+    else:
+        feeds = read_feeds(calibration, inputs, batch=batch)
+    placements, layers = _encode_all(
+        proto, path, plan, skipped, feeds if calibration is not None else None, seed, progress
+    )
+    if not placements and not allow_unchanged:
+        reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in skipped[:8]) or "it has no linear layer"
+        more = f"; and {len(skipped) - 8} more" if len(skipped) > 8 else ""
+        raise ModelError(f"{path}: no layer can be compressed ({reasons}{more}); --allow-unchanged copies it as it is")
+    before = modelfile.file_bytes(path)
+    if placements:
+        place(proto, placements, target)
+        write_record(proto, before, tuple(layers), tuple(skipped))
+    return Result(proto, tuple(layers), tuple(skipped), target, path, before, feeds)
+
+
+def _refuse_compressed(model: ModelProto, path: Path) -> None:
+    if any(entry.domain == DOMAIN for entry in model.opset_import):
+        raise ModelError(f"{path}: is already compressed by vqonnx; 'vqonnx expand' turns it back into a plain model")
+
+
+def _plan(
+    sites: Sequence[Site],
+    method: Method,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    op_types: Sequence[str],
+    overrides: Sequence[Override],
+) -> tuple[list[tuple[Site, Method]], list[Skipped]]:
+    """The method of each site, by the user's patterns. A pattern that matches nothing is an error."""
+    unknown = sorted(set(op_types) - set(LINEAR))
+    if unknown:
+        raise OptionError(f"operator '{unknown[0]}' is not compressed; choose from {', '.join(LINEAR)}")
+    for pattern in (*include, *exclude, *(override.pattern for override in overrides)):
+        if sites and not any(_matches(site, pattern) for site in sites):
+            names = ", ".join(site.name for site in sites[:5])
+            raise OptionError(f"pattern '{pattern}' matches none of the {len(sites)} layers ({names} ...)")
+    plan, skipped = [], []
+    for site in sites:
+        chosen = next((o.method for o in overrides if _matches(site, o.pattern)), method)
+        if site.op_type not in op_types:
+            skipped.append(Skipped(site.name, f"{site.op_type} is not among the operators asked for"))
+        elif include and not any(_matches(site, pattern) for pattern in include):
+            skipped.append(Skipped(site.name, "not included"))
+        elif any(_matches(site, pattern) for pattern in exclude):
+            skipped.append(Skipped(site.name, "excluded"))
+        elif chosen is None:
+            skipped.append(Skipped(site.name, "left alone by the configuration"))
+        else:
+            plan.append((site, chosen))
+    return plan, skipped
+
+
+def _matches(site: Site, pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in (site.name, *(use.node.name for use in site.uses)) if name)
+
+
+def _encode_all(
+    proto: ModelProto,
+    path: Path,
+    plan: list[tuple[Site, Method]],
+    skipped: list[Skipped],
+    feeds: Iterable[Mapping[str, Any]] | None,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[list[Placement], list[LayerRecord]]:
+    """Encode the layers in order; with feeds, each sees its inputs as the compressed layers before it make them."""
+    sites = [site for site, _ in plan]
+    placements, layers = [], []
+    walking = Walk(proto, path.parent, sites, feeds, seed=seed) if feeds is not None and plan else nullcontext()
+    with walking as walk:
+        for number, (site, method) in enumerate(plan):
+            if progress:
+                progress(number, len(plan), site.name)
+            view = site.view(method.order)
+            weight = view.matrix(site.read())
+            moments = None
+            if walk is not None and walk.can_observe(site):
+                moments = walk.observe(site, method.order)
+            elif walk is not None and method.needs is Needs.MOMENTS:
+                _log.warning("%s: in a subgraph or function, so its inputs are not observed", site.name)
+            layer = Layer(
+                name=site.name,
+                op_type=site.op_type,
+                weight=weight,
+                kernel=site.kernel,
+                first=site is sites[0],
+                last=site is sites[-1],
+                seed=seed + zlib.crc32(site.name.encode()) % 2**16,
+                moments=moments,
+            )
+            try:
+                form = _encode(layer, method, site)
+            except LeftAlone as reason:
+                skipped.append(Skipped(site.name, str(reason)))
+                continue
+            decoded = form.decode()
+            if walk is not None:
+                walk.replace(site, view.tensor(decoded))
+            placements.append(Placement(site, form, view))
+            layers.append(_record(layer, site, view, method, form, decoded, moments))
+    if progress:
+        progress(len(plan), len(plan), "")
+    return placements, layers
+
+
+def _encode(layer: Layer, method: Method, site: Site) -> Form:
+    if not np.isfinite(layer.weight).all():
+        raise LeftAlone("weights hold NaN or Inf")
+    form = method.encode(layer)
+    size = {TensorProto.FLOAT: 4, TensorProto.DOUBLE: 8}.get(site.elem_type, 2) * layer.weight.size
+    if form.nbytes + _OVERHEAD >= size:
+        raise LeftAlone(f"too small: {size} bytes as it is, {form.nbytes + _OVERHEAD} with codes, codebook and node")
+    return form
+
+
+def _record(
+    layer: Layer, site: Site, view: View, method: Method, form: Form, decoded: np.ndarray, moments: Moments | None
+) -> LayerRecord:
+    error = layer.weight - decoded
+    output = None if moments is None else snr_db(moments.energy(layer.weight), moments.energy(error))
+    weight = snr_db(float(np.sum(layer.weight.astype(np.float64) ** 2)), float(np.sum(error.astype(np.float64) ** 2)))
+    return LayerRecord(
+        name=site.name,
+        op_type=site.op_type,
+        shape=site.shape,
+        method=method.id,
+        options=method.options,
+        bytes=form.nbytes,
+        weight_snr_db=None if weight is None else round(weight, 2),
+        output_snr_db=None if output is None else round(output, 2),
+    )

@@ -1,0 +1,292 @@
+"""The four forms of a compressed weight matrix: checks, decoding, bit packing and sizes in bytes.
+
+This file is the definition of the codec; ``docs/format.md`` says the same in words. A form is immutable, describes a
+matrix ``[rows, cols]`` (rows are outputs) and knows nothing of ONNX.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqonnx.errors import FormError
+
+MAX_BITS = 8
+
+Matrix = NDArray[np.float32]
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
+
+
+def code_bits(words: int) -> int:
+    """Bits that one code takes when a codebook has ``words`` words: at least 1.
+
+    >>> [code_bits(words) for words in (1, 2, 3, 16, 17, 256)]
+    [1, 1, 2, 4, 5, 8]
+    """
+    return max(1, (words - 1).bit_length())
+
+
+def row_bytes(groups: int, bits: int) -> int:
+    """Bytes of one row of ``groups`` codes: a whole number, rows start on a byte."""
+    return -(-groups * bits // 8)
+
+
+def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Pack codes ``[..., groups]`` into little-endian bit strings ``[..., row_bytes]``.
+
+    Code ``i`` of a row is the bits ``[i*bits, (i+1)*bits)`` of the row's bytes, lowest bit first; the rest is zero.
+
+    Raises:
+        FormError: ``bits`` is not 1..8, or a code needs more than that.
+    """
+    if not 1 <= bits <= MAX_BITS:
+        raise FormError(f"bits is {bits}; choose 1 to {MAX_BITS}")
+    if codes.size and int(codes.max()) >> bits:
+        raise FormError(f"code {int(codes.max())} does not fit in {bits} bits")
+    planes = codes[..., None] >> np.arange(bits, dtype=np.uint8) & np.uint8(1)
+    return np.packbits(planes.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
+
+
+def unpack(packed: NDArray[np.uint8], bits: int, groups: int) -> NDArray[np.uint8]:
+    """Undo `pack`: bit strings ``[..., row_bytes]`` to codes ``[..., groups]``.
+
+    Raises:
+        FormError: ``bits`` is not 1..8, or the rows do not have `row_bytes` bytes.
+    """
+    if not 1 <= bits <= MAX_BITS:
+        raise FormError(f"bits is {bits}; choose 1 to {MAX_BITS}")
+    if packed.shape[-1] != row_bytes(groups, bits):
+        raise FormError(
+            f"{groups} codes of {bits} bits take {row_bytes(groups, bits)} bytes a row, not {packed.shape[-1]}"
+        )
+    start = np.arange(groups) * bits
+    low = start // 8
+    high = np.minimum(low + 1, packed.shape[-1] - 1)  # the last code may end with the row; its high part is masked away
+    window = packed[..., low].astype(np.uint16) | packed[..., high].astype(np.uint16) << 8
+    return (window >> (start % 8).astype(np.uint16) & (2**bits - 1)).astype(np.uint8)
+
+
+class Form(ABC):
+    """A compressed matrix ``[rows, cols]``."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols)."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the stored arrays: packed codes, codebooks, scales, dense values."""
+
+    @abstractmethod
+    def decode(self) -> Matrix:
+        """The matrix in float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Form):
+    """The matrix itself.
+
+    Attributes:
+        values: float32 or float16 ``[rows, cols]``.
+    """
+
+    values: NDArray[Any]
+
+    def __post_init__(self) -> None:
+        _check_floats("values", self.values, 2)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    def decode(self) -> Matrix:
+        return self.values.astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Coded(Form):
+    """Codes and codebooks: row *r*, block *g* is ``scales[r] * sum_s codebooks[s, g % books, codes[s, r, g]]``.
+
+    The blocks of a row lie side by side; what reaches beyond ``cols`` is cut off, so ``width`` need not divide ``cols``.
+
+    Attributes:
+        codes: uint8 ``[stages, rows, groups]``, not packed.
+        codebooks: float16 or float32 ``[stages, books, words, width]``, at most 256 words.
+        cols: Columns of the matrix; ``groups == ceil(cols / width)``.
+        scales: float16 or float32 ``[rows, 1]`` or ``[1, 1]``; None means 1.
+    """
+
+    codes: NDArray[np.uint8]
+    codebooks: NDArray[Any]
+    cols: int
+    scales: NDArray[Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.codes.dtype != np.uint8 or self.codes.ndim != 3 or not self.codes.size:
+            raise FormError(
+                f"codes are {self.codes.dtype}{list(self.codes.shape)}; they must be uint8 [stages, rows, groups]"
+            )
+        _check_floats("codebooks", self.codebooks, 4)
+        stages, rows, groups = self.codes.shape
+        if self.codebooks.shape[0] != stages:
+            raise FormError(f"codes have {stages} stages, codebooks {self.codebooks.shape[0]}")
+        if self.words > 2**MAX_BITS:
+            raise FormError(f"codebooks have {self.words} words; a uint8 code reaches {2**MAX_BITS}")
+        if int(self.codes.max()) >= self.words:
+            raise FormError(f"code {int(self.codes.max())} is beyond the codebook of {self.words} words")
+        if self.cols < 1 or groups != -(-self.cols // self.width):
+            raise FormError(f"{groups} groups of width {self.width} do not make {self.cols} columns")
+        if self.books > groups:
+            raise FormError(f"{self.books} books for {groups} groups; at most one book a group")
+        if self.scales is not None:
+            _check_floats("scales", self.scales, 2)
+            if self.scales.shape not in ((rows, 1), (1, 1)):
+                raise FormError(f"scales are {list(self.scales.shape)}; they must be [{rows}, 1] or [1, 1]")
+
+    @classmethod
+    def one_stage(
+        cls,
+        codes: NDArray[Any],
+        codebook: NDArray[Any],
+        cols: int | None = None,
+        scales: NDArray[Any] | None = None,
+    ) -> Coded:
+        """The common case: codes ``[rows, groups]`` and a codebook ``[words, width]`` or one a group ``[books, words, width]``."""
+        codebooks = codebook[None, None] if codebook.ndim == 2 else codebook[None]
+        return cls(
+            codes=codes.astype(np.uint8)[None],
+            codebooks=codebooks,
+            cols=codes.shape[1] * codebooks.shape[3] if cols is None else cols,
+            scales=scales,
+        )
+
+    @property
+    def stages(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def groups(self) -> int:
+        return self.codes.shape[2]
+
+    @property
+    def books(self) -> int:
+        return self.codebooks.shape[1]
+
+    @property
+    def words(self) -> int:
+        return self.codebooks.shape[2]
+
+    @property
+    def width(self) -> int:
+        return self.codebooks.shape[3]
+
+    @property
+    def bits(self) -> int:
+        """Bits of one stored code."""
+        return code_bits(self.words)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[1], self.cols
+
+    @property
+    def packed(self) -> NDArray[np.uint8]:
+        """The stored codes: uint8 ``[stages, rows, row_bytes]``."""
+        return pack(self.codes, self.bits)
+
+    @property
+    def nbytes(self) -> int:
+        stages, rows, groups = self.codes.shape
+        scales = 0 if self.scales is None else self.scales.nbytes
+        return stages * rows * row_bytes(groups, self.bits) + self.codebooks.nbytes + scales
+
+    def decode(self) -> Matrix:
+        codebooks = self.codebooks.astype(np.float32)
+        book = np.arange(self.groups) % self.books
+        blocks = codebooks[0][book, self.codes[0]]  # [rows, groups, width]
+        for stage in range(1, self.stages):  # first to last: the order of the sum is part of the format
+            blocks = blocks + codebooks[stage][book, self.codes[stage]]
+        matrix = blocks.reshape(self.shape[0], -1)
+        if self.scales is not None:
+            matrix = matrix * self.scales.astype(np.float32)
+        return np.ascontiguousarray(matrix[:, : self.cols])
+
+
+@dataclass(frozen=True, eq=False)
+class Product(Form):
+    """``left @ right``; at run time the right factor may be applied to the activations first.
+
+    Attributes:
+        left: ``[rows, inner]``.
+        right: ``[inner, cols]``.
+    """
+
+    left: Form
+    right: Form
+
+    def __post_init__(self) -> None:
+        if self.left.shape[1] != self.right.shape[0]:
+            raise FormError(f"left has {self.left.shape[1]} columns, right {self.right.shape[0]} rows")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.left.nbytes + self.right.nbytes
+
+    def decode(self) -> Matrix:
+        return self.left.decode() @ self.right.decode()
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks(Form):
+    """Parts set side by side.
+
+    Attributes:
+        parts: One or more forms.
+        axis: 0 stacks them as rows, 1 as columns.
+    """
+
+    parts: tuple[Form, ...]
+    axis: int
+
+    def __post_init__(self) -> None:
+        if not self.parts or self.axis not in (0, 1):
+            raise FormError(f"blocks have {len(self.parts)} parts on axis {self.axis}; give parts, and axis 0 or 1")
+        across = {part.shape[1 - self.axis] for part in self.parts}
+        if len(across) > 1:
+            raise FormError(f"parts on axis {self.axis} have different sizes across it: {sorted(across)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        along = sum(part.shape[self.axis] for part in self.parts)
+        across = self.parts[0].shape[1 - self.axis]
+        return (along, across) if self.axis == 0 else (across, along)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def decode(self) -> Matrix:
+        return np.concatenate([part.decode() for part in self.parts], axis=self.axis)
+
+
+def _check_floats(name: str, array: NDArray[Any], ndim: int) -> None:
+    if array.dtype not in _FLOATS or array.ndim != ndim or not array.size:
+        raise FormError(
+            f"{name} are {array.dtype}{list(array.shape)}; they must be float16 or float32 with {ndim} axes"
+        )
+    if not np.isfinite(array).all():
+        raise FormError(f"{name} hold a value that is not finite; check the weights, or use float32 codebooks")

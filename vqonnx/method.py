@@ -1,0 +1,149 @@
+"""What a method sees (a layer), and what it must offer (a way to encode it)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from enum import Enum
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqonnx.errors import OptionError
+from vqonnx.form import Form, Matrix
+from vqonnx.moments import Moments
+from vqonnx.view import Order
+
+
+class Needs(Enum):
+    """What a method wants to know of a layer besides its weight."""
+
+    WEIGHT = "weight"
+    MOMENTS = "moments"
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer, as a method sees it.
+
+    Attributes:
+        name: Name of the weight.
+        op_type: Conv, ConvTranspose, Gemm or MatMul.
+        weight: float32 ``[rows, cols]``, rows being outputs.
+        kernel: Sizes of a convolution's kernel; empty for Gemm and MatMul.
+        first: It is the first layer of the model.
+        last: It is the last one.
+        seed: Seed for everything random.
+        moments: Second moments of the layer's input, or None where there is no calibration data.
+    """
+
+    name: str
+    op_type: str
+    weight: Matrix
+    kernel: tuple[int, ...] = ()
+    first: bool = False
+    last: bool = False
+    seed: int = 0
+    moments: Moments | None = None
+
+
+class LeftAlone(Exception):
+    """Raised by a method for a layer that it does not compress; the message is the reason that the user sees."""
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to turn a weight into a form. Its options are its fields.
+
+    Attributes:
+        order: Column order of a convolution's rows: ``ihw`` as ONNX stores them, ``hwi`` with the channels innermost.
+    """
+
+    id: ClassVar[str]
+    needs: ClassVar[Needs] = Needs.WEIGHT
+
+    order: Order = "ihw"
+
+    @abstractmethod
+    def encode(self, layer: Layer) -> Form:
+        """The form that takes the place of the weight; `LeftAlone` with the reason if there is none.
+
+        The same layer, seed included, gives the same bytes.
+        """
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options as JSON-ready values."""
+        return asdict(self)
+
+
+def make_method(kind: type[Method], options: Mapping[str, Any]) -> Method:
+    """Build a method from options as a user writes them: text is converted to the type of the field.
+
+    Raises:
+        OptionError: An option is unknown, or its value is not of the right kind.
+    """
+    known = {field.name: field for field in fields(kind)}
+    hints = get_type_hints(kind)
+    values = {}
+    for name, value in options.items():
+        if name not in known:
+            raise OptionError(f"method '{kind.id}' has no option '{name}'; it has {', '.join(known)}")
+        try:
+            values[name] = _convert(hints[name], value)
+        except ValueError as error:
+            raise OptionError(f"method '{kind.id}': option {name}={value!r} is not {error}") from error
+    missing = [n for n, f in known.items() if n not in values and f.default is MISSING and f.default_factory is MISSING]
+    if missing:
+        raise OptionError(f"method '{kind.id}' needs a value for {', '.join(missing)}")
+    return kind(**values)
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """``value`` as the type ``hint``; a ValueError whose text names what was wanted."""
+    choices = get_args(hint)
+    if get_origin(hint) is Literal:
+        if str(value) not in map(str, choices):
+            raise ValueError(f"one of {', '.join(map(str, choices))}")
+        return next(choice for choice in choices if str(choice) == str(value))
+    if type(None) in choices:
+        if value is None or str(value).lower() in ("none", "auto"):
+            return None
+        return _convert(next(choice for choice in choices if choice is not type(None)), value)
+    if hint is bool:
+        text = str(value).lower()
+        if text not in ("true", "false", "1", "0", "yes", "no"):
+            raise ValueError("true or false")
+        return text in ("true", "1", "yes")
+    if hint is int:
+        try:
+            return int(str(value))
+        except ValueError:
+            raise ValueError("a whole number") from None
+    if hint is float:
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError("a number") from None
+    return str(value)
+
+
+def check_range(method: Method, name: str, low: int, high: int) -> None:
+    """Refuse an option outside ``low..high``.
+
+    Raises:
+        OptionError: It is outside.
+    """
+    value = getattr(method, name)
+    if value is not None and not low <= value <= high:
+        raise OptionError(f"method '{method.id}': {name} is {value}; choose {low} to {high}")
+
+
+def blocks_of(matrix: Matrix, width: int) -> NDArray[np.float32]:
+    """The rows cut into blocks ``[rows, groups, width]``; the last block is filled up with zeros."""
+    rows, cols = matrix.shape
+    groups = -(-cols // width)
+    padded = np.pad(matrix, ((0, 0), (0, groups * width - cols)))
+    return padded.reshape(rows, groups, width)

@@ -1,0 +1,26 @@
+"""All methods, by the name that the command line uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vqonnx.errors import OptionError
+from vqonnx.method import Method, make_method
+from vqonnx.methods.bgd import BGD
+from vqonnx.methods.kmeans import KMeans
+from vqonnx.methods.pq import PQ
+
+METHODS: tuple[type[Method], ...] = (KMeans, PQ, BGD)
+
+
+def method_by_name(name: str, options: Mapping[str, Any] | None = None) -> Method:
+    """The method called ``name`` with options as a user writes them.
+
+    Raises:
+        OptionError: There is no such method, or it does not take such an option.
+    """
+    for kind in METHODS:
+        if kind.id == name:
+            return make_method(kind, options or {})
+    raise OptionError(f"method '{name}' is unknown; choose one of {', '.join(kind.id for kind in METHODS)}")

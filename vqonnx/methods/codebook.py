@@ -1,0 +1,38 @@
+"""How codebooks are stored, the same for every method that has one."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqonnx.method import LeftAlone
+
+CodebookType = Literal["float16", "float32"]
+
+
+def store(words: NDArray[np.float32], kind: CodebookType, name: str) -> NDArray[Any]:
+    """The words in the type in which they are stored.
+
+    Raises:
+        LeftAlone: A word is beyond the range of float16.
+    """
+    limit = float(np.finfo(np.float16).max)
+    if kind == "float16" and float(np.abs(words).max(initial=0)) > limit:
+        raise LeftAlone(f"weights up to {np.abs(words).max():.3g} exceed float16 ({limit:.0f}); set codebook=float32")
+    return words.astype(kind)
+
+
+def clamp_words(words: int, vectors: int) -> int:
+    """Fewer words than a quarter of the vectors: the largest power of two strictly smaller than ``vectors / 4``.
+
+    The rule of the released code of Stock et al. 2020 (METHODS 1.3); at least 1.
+
+    >>> clamp_words(256, 512), clamp_words(256, 100_000), clamp_words(256, 3)
+    (64, 256, 1)
+    """
+    power = 1
+    while 4 * 2 * power < vectors and 2 * power <= words:
+        power *= 2
+    return power

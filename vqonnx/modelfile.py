@@ -1,0 +1,205 @@
+"""Model files: read one without its big tensors, write one whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, external_data_helper, helper, numpy_helper
+
+from vqonnx.errors import InputError, ModelError
+
+# Protobuf cannot serialise 2 GiB; some room is left for the rest of the graph.
+SINGLE_FILE_LIMIT = 2**31 - 2**24
+_INLINE_LIMIT = 1024  # tensors up to this size stay in the graph when the others go to the data file
+
+
+def load(path: str | Path) -> ModelProto:
+    """Read a model; tensors in external data files stay there (see `to_array`).
+
+    Raises:
+        ModelError: The file is missing, empty, cut off, or not an ONNX model.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); give the path of an .onnx file") from error
+    if not data:
+        raise ModelError(f"{path}: the file is empty (0 bytes); export the model again")
+    model = ModelProto()
+    try:
+        model.ParseFromString(data)
+    except DecodeError as error:
+        raise ModelError(
+            f"{path}: not an ONNX model, or cut off ({len(data)} bytes); export or copy it again"
+        ) from error
+    if not model.graph.node or not model.opset_import:
+        raise ModelError(f"{path}: not an ONNX model ({len(data)} bytes without a graph or opset); give an .onnx file")
+    for tensor in external_tensors(model):
+        data_file = path.parent / _location(tensor)
+        if not data_file.is_file():
+            raise ModelError(f"{path}: tensor '{tensor.name}' is in '{_location(tensor)}', which is missing beside it")
+    return model
+
+
+def to_array(tensor: TensorProto, folder: Path) -> NDArray[Any]:
+    """The values of a tensor; ``folder`` is where the model lies, for external data.
+
+    Raises:
+        ModelError: The external data are not there or too short.
+    """
+    try:
+        return numpy_helper.to_array(tensor, str(folder))
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise ModelError(f"tensor '{tensor.name}': {error}; the file or its external data are damaged") from error
+
+
+def external_tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor of the model that is stored in another file."""
+    for tensor in _tensors(model):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            yield tensor
+
+
+def save(model: ModelProto, path: str | Path, folder: str | Path) -> None:
+    """Write the model to ``path``: one file, or with ``<path>.data`` beside it above 2 GB. Not atomic; see `whole_or_nothing`.
+
+    Tensors that are still external to ``folder`` are brought in, one at a time. ``model`` is changed accordingly.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    path, folder = Path(path), Path(folder)
+    total = model.ByteSize() + sum(_external_length(tensor, folder) for tensor in external_tensors(model))
+    try:
+        if total > SINGLE_FILE_LIMIT:
+            _write_data_file(model, path.with_name(path.name + ".data"), folder)
+        else:
+            for tensor in external_tensors(model):
+                external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+                _make_inline(tensor, tensor.raw_data)
+        with path.open("wb") as file:
+            file.write(model.SerializeToString())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
+        ) from error
+
+
+@contextmanager
+def whole_or_nothing(path: str | Path) -> Iterator[Path]:
+    """A path in a new hidden folder beside ``path``; what lies there takes the final name when the block ends well.
+
+    Nothing is ever left under the final name otherwise, and the folder is removed in either case. A kill that cannot
+    be caught leaves at most that hidden folder, never a partial output.
+
+    Raises:
+        InputError: The folder is missing or cannot be written.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder '{path.parent}' does not exist; make it first")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the name of a file")
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+    with temporary as name:
+        draft = Path(name) / path.name
+        yield draft
+        data = draft.with_name(draft.name + ".data")
+        try:
+            if data.exists():
+                os.replace(data, path.with_name(data.name))
+            os.replace(draft, path)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+def file_bytes(path: str | Path) -> int:
+    """Bytes on disk of a model: the file and the external data files that it names."""
+    path = Path(path)
+    files = {path} | {path.parent / _location(tensor) for tensor in external_tensors(load(path))}
+    return sum(file.stat().st_size for file in files)
+
+
+def _tensors(model: ModelProto) -> Iterator[TensorProto]:
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            yield from _node_tensors(node)
+
+
+def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        yield from _node_tensors(node)
+
+
+def _node_tensors(node: NodeProto) -> Iterator[TensorProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        if attribute.HasField("g"):
+            yield from _graph_tensors(attribute.g)
+        for graph in attribute.graphs:
+            yield from _graph_tensors(graph)
+
+
+def _location(tensor: TensorProto) -> str:
+    return str(external_data_helper.ExternalDataInfo(tensor).location)
+
+
+def _external_length(tensor: TensorProto, folder: Path) -> int:
+    info = external_data_helper.ExternalDataInfo(tensor)
+    return int(info.length or (folder / info.location).stat().st_size)
+
+
+def _make_inline(tensor: TensorProto, raw: bytes) -> None:
+    tensor.raw_data = raw
+    del tensor.external_data[:]
+    tensor.data_location = TensorProto.DEFAULT
+
+
+def _write_data_file(model: ModelProto, path: Path, folder: Path) -> None:
+    with path.open("wb") as file:
+        for tensor in _tensors(model):
+            if tensor.data_location == TensorProto.EXTERNAL:
+                external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+            if not tensor.HasField("raw_data") or len(tensor.raw_data) <= _INLINE_LIMIT:
+                if tensor.data_location == TensorProto.EXTERNAL:
+                    _make_inline(tensor, tensor.raw_data)
+                continue
+            file.seek(-(-file.tell() // 4096) * 4096)  # page aligned, so that runtimes can map the file
+            offset, length = file.tell(), len(tensor.raw_data)
+            file.write(tensor.raw_data)
+            external_data_helper.set_external_data(tensor, path.name, offset, length)
+            tensor.ClearField("raw_data")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def make_tensor(values: NDArray[np.float32], elem_type: int, name: str) -> TensorProto:
+    """A tensor of an ONNX element type from float32 values; bfloat16 keeps the upper half, rounded to even."""
+    if elem_type != TensorProto.BFLOAT16:
+        return numpy_helper.from_array(values.astype(helper.tensor_dtype_to_np_dtype(elem_type)), name)
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    tensor = TensorProto(name=name, data_type=elem_type, dims=values.shape)
+    tensor.raw_data = rounded.astype("<u2").tobytes()
+    return tensor

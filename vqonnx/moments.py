@@ -1,0 +1,90 @@
+"""Second moments of a layer's input, streamed in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqonnx.form import Matrix
+
+# Above this many columns only blocks on the diagonal are kept: the full matrix of 25,088 columns would take 5 GB.
+FULL_COLS = 8192
+# A multiple of every width from 1 to 9, and of 12, 14, 16, 18 ..., so that no block of weights straddles two of them.
+BLOCK_COLS = 5040
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Sums over calibration rows ``x`` (one row is what one output of the layer sees: a column of im2col).
+
+    Attributes:
+        rows: Number of calibration rows.
+        sums: float64 ``[groups, cols]``: sum of the rows, for each group of a convolution (one group otherwise).
+        blocks: For each group the diagonal blocks of ``sum x x^T``, float64 ``[size, size]``; one block is the whole
+            matrix up to `FULL_COLS` columns.
+    """
+
+    rows: int
+    sums: NDArray[np.float64]
+    blocks: tuple[tuple[NDArray[np.float64], ...], ...]
+
+    @property
+    def groups(self) -> int:
+        return len(self.blocks)
+
+    def energy(self, matrix: Matrix) -> float:
+        """Mean squared output of the layer with weights ``matrix [rows, cols]``: ``trace(M H M^T)``, H the mean of x x^T."""
+        total = 0.0
+        for part, blocks in zip(np.split(matrix.astype(np.float64), self.groups), self.blocks, strict=True):
+            start = 0
+            for block in blocks:
+                columns = part[:, start : start + len(block)]
+                total += float(np.einsum("ij,ij->", columns @ block, columns))
+                start += len(block)
+        return total / max(self.rows, 1)
+
+    def pooled_gram(self, width: int) -> NDArray[np.float64]:
+        """``[width, width]``: the mean over the column blocks of width ``width`` of their part of ``sum x x^T / rows``.
+
+        The metric of Stock et al. (METHODS 1.1). Columns that the width does not divide count as zero inputs.
+        """
+        gram, count = np.zeros((width, width)), 0
+        for blocks in self.blocks:
+            for block in blocks:
+                for start in range(0, len(block), width):
+                    piece = block[start : start + width, start : start + width]
+                    gram[: len(piece), : len(piece)] += piece
+                    count += 1
+        return gram / max(count * self.rows, 1)
+
+
+class MomentsAccumulator:
+    """Adds up calibration rows batch by batch."""
+
+    def __init__(self, groups: int, cols: int) -> None:
+        sizes = [cols] if cols <= FULL_COLS else [min(BLOCK_COLS, cols - at) for at in range(0, cols, BLOCK_COLS)]
+        self._rows = 0
+        self._sums = np.zeros((groups, cols))
+        self._blocks = tuple(tuple(np.zeros((size, size)) for size in sizes) for _ in range(groups))
+
+    def add(self, rows: NDArray[np.floating]) -> None:
+        """Add rows ``[groups, n, cols]``."""
+        self._rows += rows.shape[1]
+        for group, part in enumerate(rows.astype(np.float64, copy=False)):
+            self._sums[group] += part.sum(axis=0)
+            start = 0
+            for block in self._blocks[group]:
+                columns = part[:, start : start + len(block)]
+                block += columns.T @ columns
+                start += len(block)
+
+    def result(self) -> Moments:
+        """The moments so far."""
+        return Moments(self._rows, self._sums, self._blocks)
+
+
+def snr_db(signal: float, noise: float) -> float | None:
+    """Signal to noise in dB; None if there is no noise, or no signal to compare it with."""
+    return None if noise <= 0 or signal <= 0 else float(10 * np.log10(signal / noise))

@@ -1,0 +1,307 @@
+"""The op ``vqonnx.Decode``: its node, its body as an ONNX function, and the same steps as plain nodes.
+
+``docs/format.md`` gives the meaning. A body is written for the opset of the model that it travels in (ORT_FACTS: a body
+at another opset does not load), and leaves out steps that no layer of that model needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx.parser
+from onnx import FunctionProto
+
+from vqonnx.errors import ModelError
+from vqonnx.form import Coded
+from vqonnx.writer import Writer
+
+DOMAIN = "vqonnx"
+VERSION = 1
+FUNCTION_IR_VERSION = 8
+OLDEST_OPSET = 7
+
+_END = 2**31 - 1  # beyond any axis
+
+
+@dataclass(frozen=True)
+class Features:
+    """Steps that a body needs beyond looking up whole bytes in one codebook.
+
+    Attributes:
+        packed: Some codes have fewer than 8 bits.
+        several: Some layers have several stages or several books.
+        tail: Some layers have columns that the width does not divide.
+    """
+
+    packed: bool = False
+    several: bool = False
+    tail: bool = False
+
+    @classmethod
+    def of(cls, form: Coded) -> Features:
+        """What decoding this form takes."""
+        return cls(form.bits < 8, form.stages * form.books > 1, form.cols % form.width != 0)
+
+    def __or__(self, other: Features) -> Features:
+        return Features(self.packed or other.packed, self.several or other.several, self.tail or other.tail)
+
+
+ALL_FEATURES = Features(packed=True, several=True, tail=True)
+
+
+def write_decode(writer: Writer, form: Coded, split: tuple[int, ...], perm: tuple[int, ...], output: str) -> str:
+    """Add a ``vqonnx.Decode`` node that yields the form as a float32 tensor named ``output``."""
+    scales = np.ones((1, 1), np.float32) if form.scales is None else form.scales
+    layout = np.array([form.bits, form.cols, *split], np.int64)
+    inputs = [writer.constant(array) for array in (form.packed, form.codebooks, scales, layout)]
+    return writer.node("Decode", inputs, output, domain=DOMAIN, perm=perm)
+
+
+def write_standard(
+    writer: Writer, form: Coded, split: tuple[int, ...], perm: tuple[int, ...], output: str, opset: int
+) -> str:
+    """Add the same steps as standard nodes, with everything that is known beforehand stored as a constant."""
+    stages, rows, groups = form.codes.shape
+    code = writer.constant(form.packed)
+    if form.bits < 8:
+        code = _write_unpack(writer, code, form.bits, groups)
+    else:
+        code = writer.node("Cast", [code], to=6)
+    if stages * form.books > 1:
+        first_word = np.arange(stages)[:, None, None] * form.books + np.arange(groups) % form.books
+        code = writer.node("Add", [code, writer.constant((first_word * form.words).astype(np.int32))])
+    words = writer.constant(form.codebooks.reshape(-1, form.width))
+    if form.codebooks.dtype != np.float32:
+        words = writer.node("Cast", [words], to=1)
+    value = writer.node("Gather", [words, code], axis=0)  # [stages, rows, groups, width]
+    if stages > 1:
+        if opset >= 13:
+            value = writer.node("ReduceSum", [value, writer.constant(np.array([0], np.int64))], keepdims=0)
+        else:
+            value = writer.node("ReduceSum", [value], axes=[0], keepdims=0)
+    if form.scales is not None or form.cols % form.width:
+        value = writer.node("Reshape", [value, writer.constant(np.array([rows, -1], np.int64))])
+    if form.scales is not None:
+        scales = writer.constant(form.scales)
+        if form.scales.dtype != np.float32:
+            scales = writer.node("Cast", [scales], to=1)
+        value = writer.node("Mul", [value, scales])
+    if form.cols % form.width:
+        if opset >= 10:
+            ends = [writer.constant(np.array([number], np.int64)) for number in (0, form.cols, 1)]
+            value = writer.node("Slice", [value, *ends])
+        else:
+            value = writer.node("Slice", [value], starts=[0], ends=[form.cols], axes=[1])
+    plain = perm == tuple(range(len(perm)))
+    shape = writer.constant(np.array(split, np.int64))
+    value = writer.node("Reshape", [value, shape], output if plain else None)
+    return value if plain else writer.node("Transpose", [value], output, perm=perm)
+
+
+def _write_unpack(writer: Writer, codes: str, bits: int, groups: int) -> str:
+    start = np.arange(groups) * bits
+    wide = writer.node("Cast", [codes], to=6)
+    low = writer.node("Gather", [wide, writer.constant((start // 8).astype(np.int32))], axis=2)
+    high = writer.node("Gather", [wide, writer.constant(((start + bits - 1) // 8).astype(np.int32))], axis=2)
+    high = writer.node("Mul", [high, writer.constant(np.array(256, np.int32))])
+    window = writer.node("Add", [low, high])
+    moved = writer.node("Div", [window, writer.constant((2 ** (start % 8)).astype(np.int32))])
+    modulus = writer.constant(np.array(2**bits, np.int32))
+    whole = writer.node("Mul", [writer.node("Div", [moved, modulus]), modulus])
+    return writer.node("Sub", [moved, whole])
+
+
+def decode_function(opset: int, features: Features = ALL_FEATURES) -> FunctionProto:
+    """The body of ``vqonnx.Decode`` for a model at ``opset``.
+
+    Raises:
+        ModelError: The opset is older than 7, the oldest that onnxruntime runs.
+    """
+    if opset < OLDEST_OPSET:
+        raise ModelError(f"the model has opset {opset}; convert it to {OLDEST_OPSET} or newer (onnx.version_converter)")
+    body = "\n".join(_steps(opset, features))
+    text = f"""<domain: "{DOMAIN}", opset_import: ["" : {opset}]>
+Decode <perm> (codes, codebooks, scales, layout) => (weight) {{
+{body}
+}}"""
+    return onnx.parser.parse_function(text)
+
+
+def _steps(opset: int, features: Features) -> list[str]:
+    """The body, one step a line. Sizes are int64 tensors of shape [1]; codes are int32."""
+    lines = [
+        *_int64("zero", [0], opset),
+        *_int64("one", [1], opset),
+        "cols = Gather (layout, one)",
+        *_slice("split", "layout", 2, opset),
+        "sizes = Shape (codebooks)",
+        *_int64("three", [3], opset),
+        "width = Gather (sizes, three)",
+        "wide = Cast <to = 6> (codes)",
+    ]
+    if features.packed or features.several:
+        lines += ["reach = Add (cols, width)", "last = Sub (reach, one)", "groups = Div (last, width)"]
+        lines += _range("group", "groups", opset)
+    if features.packed:
+        lines += [
+            *_int64("powers", [2**i for i in range(9)], opset),
+            *_int64("eight", [8], opset),
+            "bits = Gather (layout, zero)",
+            "start = Mul (group, bits)",
+            "byte = Div (start, eight)",
+            "whole = Mul (byte, eight)",
+            "shift = Sub (start, whole)",
+            "next = Add (start, bits)",
+            "end = Sub (next, one)",
+            "final = Div (end, eight)",  # the byte with the code's last bit; the same byte where it ends there
+            "low = Gather <axis = 2> (wide, byte)",
+            "above = Gather <axis = 2> (wide, final)",
+            "powers32 = Cast <to = 6> (powers)",
+            "byte_size = Gather (powers32, eight)",
+            "high = Mul (above, byte_size)",
+            "window = Add (low, high)",
+            "divisor = Gather (powers32, shift)",
+            "moved = Div (window, divisor)",
+            "modulus = Gather (powers32, bits)",
+            "rest = Div (moved, modulus)",
+            "surplus = Mul (rest, modulus)",
+            "code = Sub (moved, surplus)",
+        ]
+    else:
+        lines.append("code = Identity (wide)")
+    if features.several:
+        lines += [
+            *_int64("two", [2], opset),
+            "books = Gather (sizes, one)",
+            "words = Gather (sizes, two)",
+            "round = Div (group, books)",
+            "rounds = Mul (round, books)",
+            "book = Sub (group, rounds)",
+            "stages = Gather (sizes, zero)",
+            *_range("stage", "stages", opset),
+            *_int64("column", [-1, 1, 1], opset),
+            "stage3 = Reshape (stage, column)",
+            "shelf = Mul (stage3, books)",
+            "place = Add (shelf, book)",
+            "first_word = Mul (place, words)",
+            "first_word32 = Cast <to = 6> (first_word)",
+            "index = Add (code, first_word32)",
+        ]
+    else:
+        lines.append("index = Identity (code)")
+    lines += [
+        *_int64("rest_of", [-1], opset),
+        "flat = Concat <axis = 0> (rest_of, width)",
+        "stored = Reshape (codebooks, flat)",
+        "table = Cast <to = 1> (stored)",
+        "blocks = Gather <axis = 0> (table, index)",
+    ]
+    if not features.several:
+        lines.append("total = Identity (blocks)")
+    elif opset >= 13:
+        lines.append("total = ReduceSum <keepdims = 1> (blocks, zero)")
+    else:
+        lines.append("total = ReduceSum <axes = [0], keepdims = 1> (blocks)")
+    lines += [
+        "extent = Shape (codes)",
+        "rows = Gather (extent, one)",
+        "by_rows = Concat <axis = 0> (rows, rest_of)",
+        "plain = Reshape (total, by_rows)",
+        "factor = Cast <to = 1> (scales)",
+        "scaled = Mul (plain, factor)",
+    ]
+    if not features.tail:
+        lines.append("matrix = Identity (scaled)")
+    elif opset >= 10:
+        lines.append("matrix = Slice (scaled, zero, cols, one)")
+    else:
+        lines += [*_range("column_index", "cols", opset), "matrix = Gather <axis = 1> (scaled, column_index)"]
+    lines += ["tensor = Reshape (matrix, split)", "weight = Transpose <perm: ints = @perm> (tensor)"]
+    return _without_identities(lines)
+
+
+def _int64(name: str, values: list[int], opset: int) -> list[str]:
+    numbers = ", ".join(map(str, values))
+    if opset >= 9:
+        return [f"{name} = Constant <value = int64[{len(values)}] {{{numbers}}}> ()"]
+    return [  # Constant is floating point only before opset 9
+        f"{name}_float = Constant <value = float[{len(values)}] {{{numbers}}}> ()",
+        f"{name} = Cast <to = 7> ({name}_float)",
+    ]
+
+
+def _slice(name: str, source: str, start: int, opset: int) -> list[str]:
+    """All of a vector from ``start`` on."""
+    if opset < 10:
+        return [f"{name} = Slice <starts = [{start}], ends = [{_END}], axes = [0]> ({source})"]
+    return [
+        *_int64(f"{name}_start", [start], opset),
+        *_int64(f"{name}_end", [_END], opset),
+        f"{name} = Slice ({source}, {name}_start, {name}_end)",
+    ]
+
+
+def _range(name: str, count: str, opset: int) -> list[str]:
+    """``name = 0, 1, .. count - 1`` as int64, ``count`` having shape [1]."""
+    if opset >= 11:
+        return [
+            f"{name}_from = Sub ({count}, {count})",
+            f"{name}_start = Squeeze ({name}_from)",
+            f"{name}_stop = Squeeze ({count})",
+            f"{name}_step = Squeeze (one)",
+            f"{name} = Range ({name}_start, {name}_stop, {name}_step)",
+        ]
+    if opset >= 9:
+        return [
+            f"{name}_ones = ConstantOfShape <value = int64[1] {{1}}> ({count})",
+            f"{name}_where = NonZero ({name}_ones)",
+            f"{name} = Squeeze <axes = [0]> ({name}_where)",
+        ]
+    # No operator counts before opset 9. Write count = 256*q + r. Row 0 of 0..255 repeated and reshaped to [256, n] is
+    # 0..n-1 (n <= 256); one number too many is made and dropped, because a size of zero cannot be reshaped to.
+    page = f"{name}_page"
+    lines = [
+        *_int64(f"{page}_size", [256], opset),
+        f"{page}s = Div ({count}, {page}_size)",
+        f"{page}d = Mul ({page}s, {page}_size)",
+        f"{page}_rest = Sub ({count}, {page}d)",
+        *_int64(f"{page}_numbers", list(range(256)), opset),
+    ]
+    for part, length in (("upper", f"{page}s"), ("lower", f"{page}_rest")):
+        part = f"{name}_{part}"
+        lines += [
+            f"{part}_more = Add ({length}, one)",
+            f"{part}_many = Tile ({page}_numbers, {part}_more)",
+            f"{part}_shape = Concat <axis = 0> ({page}_size, {part}_more)",
+            f"{part}_grid = Reshape ({part}_many, {part}_shape)",
+            f"{part}_row = Gather <axis = 0> ({part}_grid, zero)",
+            *_int64(f"{part}_flat", [-1], opset),
+            f"{part}_line = Reshape ({part}_row, {part}_flat)",
+            f"{part} = Slice <starts = [0], ends = [-1], axes = [0]> ({part}_line)",
+        ]
+    return [
+        *lines,
+        *_int64(f"{page}_column", [-1, 1], opset),
+        f"{page}_upper = Reshape ({name}_upper, {page}_column)",
+        f"{page}_first = Mul ({page}_upper, {page}_size)",
+        f"{page}_all = Add ({page}_first, {page}_numbers)",
+        f"{page}_line = Reshape ({page}_all, {name}_upper_flat)",
+        f"{page}_offset = Add ({name}_lower, {page}d)",
+        f"{name} = Concat <axis = 0> ({page}_line, {page}_offset)",
+    ]
+
+
+def _without_identities(lines: list[str]) -> list[str]:
+    """Drop ``a = Identity (b)`` lines, which stand for steps that are left out, and read ``b`` for ``a``."""
+    renamed: dict[str, str] = {}
+    kept = []
+    for line in lines:
+        output, call = line.split(" = ", 1)
+        if call.startswith("Identity"):
+            renamed[output] = renamed.get(call[10:-1], call[10:-1])
+            continue
+        start = call.rindex("(")
+        inputs = [renamed.get(name, name) for name in call[start + 1 : -1].split(", ")]
+        kept.append(f"{output} = {call[:start]}({', '.join(inputs)})")
+    return kept

@@ -1,0 +1,132 @@
+"""What is known of a compressed model and its layers; kept inside the model as JSON (docs/format.md, Metadata)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from onnx import ModelProto
+
+from vqonnx.graph import Skipped
+
+KEY = "vqonnx"
+RECORD_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """How one layer was compressed.
+
+    Attributes:
+        name: Name of the weight.
+        op_type: Operator of the first layer that reads it.
+        shape: Shape of the weight.
+        method: Id of the method.
+        options: Its options.
+        bytes: Codes, codebooks and scales as stored.
+        weight_snr_db: Energy of the weight over that of its error; None if there is no error.
+        output_snr_db: The same for the layer's output on the calibration data; None if it was not observed.
+    """
+
+    name: str
+    op_type: str
+    shape: tuple[int, ...]
+    method: str
+    options: dict[str, Any]
+    bytes: int
+    weight_snr_db: float | None
+    output_snr_db: float | None
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each weight, codebooks and scales included."""
+        return 8 * self.bytes / self.weights
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys that other tools may rely on."""
+        return {
+            "name": self.name,
+            "op_type": self.op_type,
+            "shape": list(self.shape),
+            "method": self.method,
+            "options": self.options,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "bytes": self.bytes,
+            "weight_snr_db": self.weight_snr_db,
+            "output_snr_db": self.output_snr_db,
+        }
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the metadata of a compressed model say.
+
+    Attributes:
+        bytes_before: Bytes on disk of the original.
+        methods: Distinct (id, options) in use.
+        layers: Weight name to (index into ``methods``, operator, weight SNR, output SNR).
+        skipped: Layers that were left alone.
+    """
+
+    bytes_before: int
+    methods: tuple[tuple[str, dict[str, Any]], ...]
+    layers: dict[str, tuple[int, str, float | None, float | None]]
+    skipped: tuple[Skipped, ...]
+
+
+def write_record(
+    model: ModelProto, bytes_before: int, layers: tuple[LayerRecord, ...], skipped: tuple[Skipped, ...]
+) -> None:
+    """Keep the record in the model's metadata, in few bytes."""
+    methods: list[dict[str, Any]] = []
+    table = {}
+    for layer in layers:
+        method = {"id": layer.method, **layer.options}
+        if method not in methods:
+            methods.append(method)
+        table[layer.name] = [methods.index(method), layer.op_type, layer.weight_snr_db, layer.output_snr_db]
+    content = {
+        "version": RECORD_VERSION,
+        "bytes_before": bytes_before,
+        "methods": methods,
+        "layers": table,
+        "skipped": {entry.name: entry.reason for entry in skipped},
+    }
+    erase_record(model)
+    model.metadata_props.add(key=KEY, value=json.dumps(content, separators=(",", ":"), ensure_ascii=False))
+
+
+def read_record(model: ModelProto) -> Record | None:
+    """The record in the model's metadata; None if there is none that this version understands."""
+    for entry in model.metadata_props:
+        if entry.key != KEY:
+            continue
+        try:
+            content = json.loads(entry.value)
+            if content["version"] != RECORD_VERSION:
+                return None
+            return Record(
+                int(content["bytes_before"]),
+                tuple((method.pop("id"), method) for method in content["methods"]),
+                {name: (int(row[0]), str(row[1]), row[2], row[3]) for name, row in content["layers"].items()},
+                tuple(Skipped(name, reason) for name, reason in content["skipped"].items()),
+            )
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            return None
+    return None
+
+
+def erase_record(model: ModelProto) -> None:
+    """Remove the record, so that the metadata are those of the original."""
+    for index in reversed(range(len(model.metadata_props))):
+        if model.metadata_props[index].key == KEY:
+            del model.metadata_props[index]
