@@ -1,8 +1,11 @@
 """Make ONNX models 8 to 30 times smaller by vector quantisation, run them on onnxruntime, prove that they agree."""
 
-from vqonnx.compress import Override, Result, Saved, compress
+from vqonnx.compress import Override, compress
 from vqonnx.errors import DataError, FormError, InputError, ModelError, OptionError, VerifyError, VqonnxError
+from vqonnx.expand import expand
 from vqonnx.methods import BGD, METHODS, PQ, KMeans
+from vqonnx.report import Report, report
+from vqonnx.result import Result, Saved
 from vqonnx.runtime import get_library_path
 from vqonnx.verify import Comparison, compare
 
@@ -18,11 +21,14 @@ __all__ = [
     "ModelError",
     "OptionError",
     "Override",
+    "Report",
     "Result",
     "Saved",
     "VerifyError",
     "VqonnxError",
     "compare",
     "compress",
+    "expand",
     "get_library_path",
+    "report",
 ]

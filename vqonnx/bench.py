@@ -29,7 +29,9 @@ import onnx.parser
 import onnxruntime
 
 from vqonnx.errors import ModelError, OptionError, VqonnxError
-from vqonnx.runtime import Model, generate_feeds, open_session, read_feeds, read_inputs, run
+from vqonnx.feeds import read_feeds
+from vqonnx.generate import generate_feeds
+from vqonnx.runtime import Model, open_session, read_inputs, run
 
 _log = logging.getLogger(__name__)
 _MOST_FEEDS = 8  # held in memory at once, and used in turn

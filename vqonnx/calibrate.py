@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper, shape_inference
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, shape_inference
 
 from vqonnx.errors import DataError, VqonnxError
 from vqonnx.graph import Site, attributes, scopes
-from vqonnx.modelfile import make_tensor, to_array
+from vqonnx.modelfile import inlined, make_tensor
 from vqonnx.moments import Moments, MomentsAccumulator
 from vqonnx.place import node_reads
 from vqonnx.runtime import open_session, run
@@ -222,18 +222,13 @@ class _Segments:
             elif name in self._replaced:
                 initializers[name] = self._replaced[name]
             elif name in self._scope.initializers:
-                initializers[name] = self._inline(self._scope.initializers[name])
+                initializers[name] = inlined(self._scope.initializers[name], self._folder)
             elif name in self._constants and id(self._constants[name]) not in constants:
                 node = self._constants[name]
                 constants[id(node)] = node
                 todo |= set(node.input) - {""}
         ordered = [node for node in self._model.graph.node if id(node) in constants]
         return inputs, list(initializers.values()), ordered
-
-    def _inline(self, tensor: TensorProto) -> TensorProto:
-        if tensor.data_location != TensorProto.EXTERNAL:
-            return tensor
-        return numpy_helper.from_array(to_array(tensor, self._folder), tensor.name)
 
     def _input(self, name: str, value: Any) -> ValueInfoProto:
         if isinstance(value, np.ndarray):

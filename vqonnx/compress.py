@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from onnx import ModelProto, TensorProto
 
 from vqonnx import modelfile
 from vqonnx.calibrate import Walk
-from vqonnx.errors import InputError, ModelError, OptionError, VerifyError, VqonnxError
+from vqonnx.errors import ModelError, OptionError
+from vqonnx.feeds import read_feeds
 from vqonnx.form import Form
+from vqonnx.generate import generate_feeds
 from vqonnx.graph import LINEAR, Site, Skipped, find
 from vqonnx.method import Layer, LeftAlone, Method, Needs
 from vqonnx.methods import BGD, PQ
@@ -25,14 +28,15 @@ from vqonnx.moments import Moments, snr_db
 from vqonnx.ops import DOMAIN
 from vqonnx.place import Placement, Target, place
 from vqonnx.record import LayerRecord, write_record
-from vqonnx.runtime import FeedSource, generate_feeds, get_library_path, open_session, read_feeds, read_inputs
-from vqonnx.verify import Comparison, compare
+from vqonnx.result import Result
+from vqonnx.runtime import open_session, read_inputs
 from vqonnx.view import View
 
 # What a layer costs besides its arrays: a node, names and shapes. A form that saves less is not worth it.
 _OVERHEAD = 150
-# With and without the library the same weights are multiplied, only in another order.
-_LIBRARY_SNR_DB = 40.0
+_ITEM_BYTES: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.DOUBLE: 8}
+# Batches of the calibration data on which the written model is run; enough to see that it works.
+_CHECKED_BATCHES = 8
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
@@ -44,119 +48,6 @@ class Override:
 
     pattern: str
     method: Method | None
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """A compressed model.
-
-    Attributes:
-        model: The ONNX model.
-        layers: How each layer was compressed.
-        skipped: Layers that were left alone, and why.
-        target: What it was written for.
-        source: Path of the original.
-        bytes_before: Bytes on disk of the original.
-    """
-
-    model: ModelProto
-    layers: tuple[LayerRecord, ...]
-    skipped: tuple[Skipped, ...]
-    target: Target
-    source: Path
-    bytes_before: int
-    _feeds: Iterable[Mapping[str, Any]] = field(repr=False)
-
-    def save(
-        self,
-        path: str | Path,
-        *,
-        verify: bool = True,
-        rtol: float | None = None,
-        atol: float | None = None,
-    ) -> Saved:
-        """Write the model, load and run it with and without the library, and only then give it its name.
-
-        Args:
-            path: Where to.
-            verify: False leaves out loading and running.
-            rtol: Refuse the file if an output differs from the original's by more than ``atol + rtol * |original|``.
-            atol: The same.
-
-        Raises:
-            InputError: The path is the original's, or cannot be written.
-            VerifyError: The written model does not load, does not run or differs too much. No file is left.
-        """
-        path = Path(path)
-        if path.exists() and path.samefile(self.source):
-            raise InputError(f"{path}: is the input itself, which is never changed; choose another output path")
-        with modelfile.whole_or_nothing(path) as draft:
-            modelfile.save(self.model, draft, self.source.parent)
-            comparison = self._verify(draft, rtol, atol) if verify else None
-            size = modelfile.file_bytes(draft)
-        return Saved(path, size, comparison)
-
-    def _verify(self, draft: Path, rtol: float | None, atol: float | None) -> Comparison:
-        comparison: Comparison | None = None
-        if self.target != "custom":
-            comparison = self._compare(self.source, draft, "without the library", False, rtol, atol)
-        if self.target == "portable":
-            assert comparison is not None
-            return comparison
-        try:
-            get_library_path()
-        except VqonnxError as error:
-            if comparison is None:
-                raise
-            _log.warning("not checked with the custom-op library: %s", error)
-            return comparison
-        with_library = self._compare(self.source, draft, "with the library", True, rtol, atol)
-        if comparison is not None:
-            apart = self._apart(draft)
-            if apart is not None and apart < _LIBRARY_SNR_DB:
-                raise VerifyError(
-                    f"{draft.name}: with and without the library the outputs differ by {apart:.1f} dB "
-                    f"(at least {_LIBRARY_SNR_DB:.0f} expected); please report this"
-                )
-        return comparison or with_library
-
-    def _compare(
-        self, original: Path, draft: Path, how: str, library: bool, rtol: float | None, atol: float | None
-    ) -> Comparison:
-        try:
-            comparison = compare(original, draft, self._feeds, library=library, rtol=rtol, atol=atol)
-        except VqonnxError as error:
-            raise VerifyError(f"the compressed model failed {how}, so it was not written: {error}") from error
-        if not comparison.passed:
-            failed = "; ".join(str(check) for check in comparison.checks if not check.passed)
-            raise VerifyError(f"the compressed model failed {how}, so it was not written: {failed}")
-        return comparison
-
-    def _apart(self, draft: Path) -> float | None:
-        """SNR in dB of the model with the library against itself without, on the first batch."""
-        plain, fused = open_session(draft), open_session(draft, library=True)
-        feed = dict(next(iter(self._feeds)))
-        signal = noise = 0.0
-        for a, b in zip(plain.run(None, feed), fused.run(None, feed), strict=True):
-            if isinstance(a, np.ndarray) and a.dtype.kind == "f":
-                signal += float(np.nansum(a.astype(np.float64) ** 2))
-                noise += float(np.nansum((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-        return snr_db(signal, noise)
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A file that was written.
-
-    Attributes:
-        path: Where.
-        bytes: Its size on disk, external data included.
-        comparison: How it compares with the original on the calibration data or generated inputs; None if not verified.
-    """
-
-    path: Path
-    bytes: int
-    comparison: Comparison | None
 
 
 def compress(
@@ -211,14 +102,8 @@ def compress(
     if needs and calibration is None:
         names = sorted({chosen.id for _, chosen in plan if chosen.needs is Needs.MOMENTS})
         raise OptionError(f"method '{names[0]}' needs calibration data; give --calibration, or choose method pq")
-    feeds: FeedSource | list[dict[str, Any]]
-    if calibration is None:
-        feeds = generate_feeds(path, shapes=input_shapes, seed=seed)
-    else:
-        feeds = read_feeds(calibration, inputs, batch=batch)
-    placements, layers = _encode_all(
-        proto, path, plan, skipped, feeds if calibration is not None else None, seed, progress
-    )
+    feeds = None if calibration is None else _Remembering(read_feeds(calibration, inputs, batch=batch))
+    placements, layers = _encode_all(proto, path, plan, skipped, feeds, seed, progress)
     if not placements and not allow_unchanged:
         reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in skipped[:8]) or "it has no linear layer"
         more = f"; and {len(skipped) - 8} more" if len(skipped) > 8 else ""
@@ -227,7 +112,26 @@ def compress(
     if placements:
         place(proto, placements, target)
         write_record(proto, before, tuple(layers), tuple(skipped))
-    return Result(proto, tuple(layers), tuple(skipped), target, path, before, feeds)
+    check = generate_feeds(path, shapes=input_shapes, seed=seed) if feeds is None else feeds.first()
+    return Result(proto, tuple(layers), tuple(skipped), target, path, before, check)
+
+
+class _Remembering:
+    """Feeds that keep the first batches for the check at the end: a data reader may give them only once."""
+
+    def __init__(self, feeds: Iterable[dict[str, Any]]) -> None:
+        self._feeds = feeds
+        self._kept: list[dict[str, Any]] = []
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for feed in self._feeds:
+            if len(self._kept) < _CHECKED_BATCHES:
+                self._kept.append(feed)
+            yield feed
+
+    def first(self) -> list[dict[str, Any]]:
+        """The first batches; reads them where nothing has been read yet."""
+        return self._kept or list(islice(iter(self), _CHECKED_BATCHES))
 
 
 def _refuse_compressed(model: ModelProto, path: Path) -> None:
@@ -324,7 +228,7 @@ def _encode(layer: Layer, method: Method, site: Site) -> Form:
     if not np.isfinite(layer.weight).all():
         raise LeftAlone("weights hold NaN or Inf")
     form = method.encode(layer)
-    size = {TensorProto.FLOAT: 4, TensorProto.DOUBLE: 8}.get(site.elem_type, 2) * layer.weight.size
+    size = _ITEM_BYTES.get(site.elem_type, 2) * layer.weight.size
     if form.nbytes + _OVERHEAD >= size:
         raise LeftAlone(f"too small: {size} bytes as it is, {form.nbytes + _OVERHEAD} with codes, codebook and node")
     return form

@@ -67,7 +67,8 @@ def unpack(packed: NDArray[np.uint8], bits: int, groups: int) -> NDArray[np.uint
     low = start // 8
     high = np.minimum(low + 1, packed.shape[-1] - 1)  # the last code may end with the row; its high part is masked away
     window = packed[..., low].astype(np.uint16) | packed[..., high].astype(np.uint16) << 8
-    return (window >> (start % 8).astype(np.uint16) & (2**bits - 1)).astype(np.uint8)
+    codes: NDArray[np.uint8] = (window >> (start % 8).astype(np.uint16) & (2**bits - 1)).astype(np.uint8)
+    return codes
 
 
 class Form(ABC):
@@ -117,7 +118,7 @@ class Dense(Form):
 class Coded(Form):
     """Codes and codebooks: row *r*, block *g* is ``scales[r] * sum_s codebooks[s, g % books, codes[s, r, g]]``.
 
-    The blocks of a row lie side by side; what reaches beyond ``cols`` is cut off, so ``width`` need not divide ``cols``.
+    The blocks of a row lie side by side; what reaches beyond ``cols`` is cut off: ``width`` need not divide it.
 
     Attributes:
         codes: uint8 ``[stages, rows, groups]``, not packed.
@@ -161,7 +162,7 @@ class Coded(Form):
         cols: int | None = None,
         scales: NDArray[Any] | None = None,
     ) -> Coded:
-        """The common case: codes ``[rows, groups]`` and a codebook ``[words, width]`` or one a group ``[books, words, width]``."""
+        """One stage: codes ``[rows, groups]``, a codebook ``[words, width]`` or books ``[books, words, width]``."""
         codebooks = codebook[None, None] if codebook.ndim == 2 else codebook[None]
         return cls(
             codes=codes.astype(np.uint8)[None],
@@ -172,23 +173,23 @@ class Coded(Form):
 
     @property
     def stages(self) -> int:
-        return self.codes.shape[0]
+        return int(self.codes.shape[0])
 
     @property
     def groups(self) -> int:
-        return self.codes.shape[2]
+        return int(self.codes.shape[2])
 
     @property
     def books(self) -> int:
-        return self.codebooks.shape[1]
+        return int(self.codebooks.shape[1])
 
     @property
     def words(self) -> int:
-        return self.codebooks.shape[2]
+        return int(self.codebooks.shape[2])
 
     @property
     def width(self) -> int:
-        return self.codebooks.shape[3]
+        return int(self.codebooks.shape[3])
 
     @property
     def bits(self) -> int:
@@ -208,7 +209,7 @@ class Coded(Form):
     def nbytes(self) -> int:
         stages, rows, groups = self.codes.shape
         scales = 0 if self.scales is None else self.scales.nbytes
-        return stages * rows * row_bytes(groups, self.bits) + self.codebooks.nbytes + scales
+        return int(stages * rows * row_bytes(groups, self.bits) + self.codebooks.nbytes + scales)
 
     def decode(self) -> Matrix:
         codebooks = self.codebooks.astype(np.float32)

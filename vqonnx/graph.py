@@ -326,7 +326,8 @@ def _constant(home: Scope, name: str) -> TensorProto:
     node = home.producers[name]
     for attribute in node.attribute:
         if attribute.name == "value" and not attribute.ref_attr_name:
-            return attribute.t
+            value: TensorProto = attribute.t
+            return value
     raise _LeftAlone("weight is a Constant without a plain tensor value", name)
 
 

@@ -63,6 +63,13 @@ def to_array(tensor: TensorProto, folder: Path) -> NDArray[Any]:
         raise ModelError(f"tensor '{tensor.name}': {error}; the file or its external data are damaged") from error
 
 
+def inlined(tensor: TensorProto, folder: Path) -> TensorProto:
+    """The tensor itself, or a copy with its external data brought in."""
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return tensor
+    return numpy_helper.from_array(to_array(tensor, folder), tensor.name)
+
+
 def external_tensors(model: ModelProto) -> Iterator[TensorProto]:
     """Every tensor of the model that is stored in another file."""
     for tensor in _tensors(model):
@@ -71,7 +78,7 @@ def external_tensors(model: ModelProto) -> Iterator[TensorProto]:
 
 
 def save(model: ModelProto, path: str | Path, folder: str | Path) -> None:
-    """Write the model to ``path``: one file, or with ``<path>.data`` beside it above 2 GB. Not atomic; see `whole_or_nothing`.
+    """Write the model to ``path``, or to it and ``<path>.data`` above 2 GB. Not atomic; see `whole_or_nothing`.
 
     Tensors that are still external to ``folder`` are brought in, one at a time. ``model`` is changed accordingly.
 
@@ -97,6 +104,23 @@ def save(model: ModelProto, path: str | Path, folder: str | Path) -> None:
         ) from error
 
 
+def check_output(path: str | Path, source: str | Path) -> None:
+    """Refuse an output path that cannot work, before the work begins.
+
+    Raises:
+        InputError: It is the input, a folder, in a missing folder, or in one that cannot be written.
+    """
+    path, source = Path(path), Path(source)
+    if path.exists() and source.exists() and path.samefile(source):
+        raise InputError(f"{path}: is the input itself, which is never changed; choose another output path")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder '{path.parent}' does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: the folder '{path.parent}' cannot be written; choose another one")
+
+
 @contextmanager
 def whole_or_nothing(path: str | Path) -> Iterator[Path]:
     """A path in a new hidden folder beside ``path``; what lies there takes the final name when the block ends well.
@@ -105,13 +129,9 @@ def whole_or_nothing(path: str | Path) -> Iterator[Path]:
     be caught leaves at most that hidden folder, never a partial output.
 
     Raises:
-        InputError: The folder is missing or cannot be written.
+        InputError: The folder cannot be written.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: the folder '{path.parent}' does not exist; make it first")
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; give the name of a file")
     try:
         temporary = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:

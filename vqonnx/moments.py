@@ -35,7 +35,7 @@ class Moments:
         return len(self.blocks)
 
     def energy(self, matrix: Matrix) -> float:
-        """Mean squared output of the layer with weights ``matrix [rows, cols]``: ``trace(M H M^T)``, H the mean of x x^T."""
+        """Mean squared output with weights ``matrix [rows, cols]``: ``trace(M H M^T)``, H the mean of ``x x^T``."""
         total = 0.0
         for part, blocks in zip(np.split(matrix.astype(np.float64), self.groups), self.blocks, strict=True):
             start = 0

@@ -64,10 +64,7 @@ def write_standard(
     """Add the same steps as standard nodes, with everything that is known beforehand stored as a constant."""
     stages, rows, groups = form.codes.shape
     code = writer.constant(form.packed)
-    if form.bits < 8:
-        code = _write_unpack(writer, code, form.bits, groups)
-    else:
-        code = writer.node("Cast", [code], to=6)
+    code = _write_unpack(writer, code, form.bits, groups) if form.bits < 8 else writer.node("Cast", [code], to=6)
     if stages * form.books > 1:
         first_word = np.arange(stages)[:, None, None] * form.books + np.arange(groups) % form.books
         code = writer.node("Add", [code, writer.constant((first_word * form.words).astype(np.int32))])

@@ -65,11 +65,11 @@ def _rewrite(scope: Scope, placements: list[Placement], taken: set[str], target:
     dropped: set[int] = set()
     for placement in placements:
         site = placement.site
-        nodes = {id(node) for node in site.between}
+        makers = {id(node) for node in site.between}
         if site.source in scope.producers:
-            nodes.add(id(scope.producers[site.source]))
-        dropped |= nodes
-        position = next(i for i, node in enumerate(proto.node) if id(node) in nodes or site.name in node_reads(node))
+            makers.add(id(scope.producers[site.source]))
+        dropped |= makers
+        position = next(i for i, node in enumerate(proto.node) if id(node) in makers or site.name in node_reads(node))
         _write(writer, placement, target, opset)
         inserts.setdefault(position, []).extend(writer.take())
     unused = _unused(scope, {placement.site.source for placement in placements}, dropped)

@@ -129,7 +129,8 @@ def _unfold_conv(
             at, valid = geometry.source(axis, output, offset)
             where.append(np.where(valid, at, 0))
             inside &= valid
-        values = x[(image, slice(None), *where)]  # [batch, positions, channels of all groups]
+        index: tuple[Any, ...] = (image, slice(None), *where)
+        values = x[index]  # [batch, positions, channels of all groups]
         taps.append(np.where(inside[..., None], values, 0).reshape(chosen.size, geometry.group, channels))
     stacked = np.stack(
         taps, axis=3 if order == "ihw" else 2

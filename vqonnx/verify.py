@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vqonnx.errors import DataError, OptionError, VerifyError
-from vqonnx.runtime import LABELS, Model, open_session, read_feeds, read_inputs, run
+from vqonnx.feeds import LABELS, read_feeds
+from vqonnx.runtime import Model, open_session, read_inputs, run
 
 _MOST_DB = 300.0  # stands for "beyond measure" in either direction, so that a number is always finite
 

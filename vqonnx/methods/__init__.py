@@ -11,6 +11,8 @@ from vqonnx.methods.bgd import BGD
 from vqonnx.methods.kmeans import KMeans
 from vqonnx.methods.pq import PQ
 
+__all__ = ["BGD", "METHODS", "PQ", "KMeans", "method_by_name"]
+
 METHODS: tuple[type[Method], ...] = (KMeans, PQ, BGD)
 
 

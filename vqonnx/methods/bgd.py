@@ -24,7 +24,7 @@ class BGD(Method):
 
     Attributes:
         width: Weights per codeword; None takes the paper's block for the kind of layer (METHODS 1.3).
-        blocks: The paper's ``small`` blocks (a kernel of 3x3: 9, of 1x1: 4) or ``large`` ones (18 and 8); 4 for Gemm and MatMul.
+        blocks: The paper's ``small`` blocks (3x3 kernels: 9, 1x1: 4) or ``large`` ones (18 and 8); Gemm and MatMul: 4.
         bits: Bits per code; the codebook is also kept below a quarter of the number of vectors, as in the paper.
         first: Compress the first layer of the model too; the paper leaves it alone.
         codebook: Type of the stored codebook.
@@ -45,7 +45,7 @@ class BGD(Method):
     def encode(self, layer: Layer) -> Coded:
         if layer.first and not self.first:
             raise LeftAlone("the first layer is left alone by this method; set first=true to compress it")
-        rows, cols = layer.weight.shape
+        _, cols = layer.weight.shape
         width = self.width or self._paper_width(layer)
         if cols < width:
             raise LeftAlone(f"width {width} is more than the {cols} columns of a row")

@@ -39,7 +39,7 @@ class PQ(Method):
         check_range(self, "width", 1, 64)
 
     def encode(self, layer: Layer) -> Coded:
-        rows, cols = layer.weight.shape
+        _, cols = layer.weight.shape
         if cols < self.width:
             raise LeftAlone(f"width {self.width} is more than the {cols} columns of a row")
         blocks = blocks_of(layer.weight, self.width)  # [rows, groups, width]

@@ -1,0 +1,118 @@
+"""Turn a compressed model of any target back into a plain one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from vqonnx import modelfile
+from vqonnx.errors import ModelError
+from vqonnx.graph import Scope
+from vqonnx.modelfile import make_tensor
+from vqonnx.ops import DOMAIN, decode_function
+from vqonnx.place import main_opset
+from vqonnx.record import erase_record, read_record
+from vqonnx.runtime import open_session
+from vqonnx.stored import StoredWeight, elem_type, find_stored
+
+
+def expand(compressed: str | Path, plain: str | Path) -> int:
+    """Write the model with every stored weight decoded; gives the number of weights.
+
+    Raises:
+        ModelError: The model cannot be read, or vqonnx did not compress it.
+        InputError: The output path is the input's, or cannot be written.
+    """
+    compressed, plain = Path(compressed), Path(plain)
+    modelfile.check_output(plain, compressed)
+    model = modelfile.load(compressed)
+    weights = find_stored(model, compressed.parent, read_record(model))
+    if not weights:
+        raise ModelError(f"{compressed}: holds no weight that vqonnx compressed; there is nothing to expand")
+    opset = main_opset(model)
+    decoded = [_decode(weight, opset) for weight in weights]
+    for scope in {id(weight.scope): weight.scope for weight in weights}.values():
+        mine = [(w, tensor) for w, tensor in zip(weights, decoded, strict=True) if w.scope is scope]
+        _put_back(scope, mine)
+    _forget(model)
+    with modelfile.whole_or_nothing(plain) as draft:
+        modelfile.save(model, draft, compressed.parent)
+    return len(weights)
+
+
+def _decode(weight: StoredWeight, opset: int) -> TensorProto:
+    """Run the nodes that make the weight, without the library."""
+    kind = elem_type(weight)
+    nodes = list(weight.nodes)
+    if kind != TensorProto.FLOAT:  # the last Cast is done here, as numpy has no bfloat16
+        nodes.pop()
+    functions = [decode_function(opset)] if any(node.domain == DOMAIN for node in nodes) else []
+    graph = helper.make_graph(
+        nodes, "weight", [], [ValueInfoProto(name=nodes[-1].output[0])], initializer=list(_constants(weight))
+    )
+    imports = [helper.make_opsetid("", opset)] + ([helper.make_opsetid(DOMAIN, 1)] if functions else [])
+    model = helper.make_model(graph, opset_imports=imports, ir_version=8, functions=functions)
+    values: NDArray[np.float32] = open_session(model.SerializeToString()).run(None, {})[0]
+    return make_tensor(values, kind, weight.name)
+
+
+def _constants(weight: StoredWeight) -> list[TensorProto]:
+    constants = []
+    for name in weight.constants:
+        home = weight.scope.home(name)
+        assert home is not None
+        if name in home.initializers:
+            tensor = home.initializers[name]
+        else:
+            tensor = next(a.t for a in home.producers[name].attribute if a.name == "value")
+        copy = TensorProto()
+        copy.CopyFrom(modelfile.inlined(tensor, weight.folder))
+        copy.name = name
+        constants.append(copy)
+    return constants
+
+
+def _put_back(scope: Scope, weights: list[tuple[StoredWeight, TensorProto]]) -> None:
+    proto = scope.proto
+    dropped = {id(node) for weight, _ in weights for node in weight.nodes}
+    stored = {name for weight, _ in weights for name in weight.constants}
+    unused = {n for n in stored if all(id(use.node) in dropped for use in scope.uses.get(n, [])) and n in scope.uses}
+    dropped |= {id(scope.producers[name]) for name in unused if name in scope.producers}
+    nodes = []
+    if isinstance(proto, FunctionProto):
+        nodes = [helper.make_node("Constant", [], [weight.name], value=tensor) for weight, tensor in weights]
+    nodes += [_copy(node) for node in proto.node if id(node) not in dropped]
+    del proto.node[:]
+    proto.node.extend(nodes)
+    if isinstance(proto, FunctionProto):
+        _remove_domain(proto.opset_import)
+        return
+    for index in reversed(range(len(proto.initializer))):
+        if proto.initializer[index].name in unused:
+            del proto.initializer[index]
+    proto.initializer.extend(tensor for _, tensor in weights)
+
+
+def _forget(model: ModelProto) -> None:
+    """Remove the function, the domain and the record."""
+    for index in reversed(range(len(model.functions))):
+        if model.functions[index].domain == DOMAIN:
+            del model.functions[index]
+    _remove_domain(model.opset_import)
+    erase_record(model)
+
+
+def _remove_domain(entries: object) -> None:
+    assert hasattr(entries, "__len__")
+    for index in reversed(range(len(entries))):
+        if entries[index].domain == DOMAIN:  # type: ignore[index]
+            del entries[index]  # type: ignore[attr-defined]
+
+
+def _copy(node: NodeProto) -> NodeProto:
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    return copy

@@ -1,0 +1,99 @@
+"""Find the weights that a compressed model stores as codes, and the nodes and constants that make each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto
+
+from vqonnx.graph import Scope, attributes, constant_value, scopes
+from vqonnx.ops import DOMAIN
+from vqonnx.record import Record
+
+
+@dataclass(frozen=True, eq=False)
+class StoredWeight:
+    """A weight that is made from codes.
+
+    Attributes:
+        name: Name of the weight tensor.
+        scope: The graph or function that makes it.
+        nodes: The nodes that make it, in order; their other inputs are constants.
+        constants: Names of those constants.
+        folder: Where the model lies, for external data.
+    """
+
+    name: str
+    scope: Scope
+    nodes: tuple[NodeProto, ...]
+    constants: tuple[str, ...]
+    folder: Path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight, as its last nodes say."""
+        shape: tuple[int, ...] = ()
+        for node in self.nodes:
+            if node.op_type == "Decode":
+                layout = self._numbers(node.input[3])
+                shape = tuple(layout[2:][axis] for axis in attributes(node)["perm"])
+            elif node.op_type == "Reshape":
+                shape = tuple(self._numbers(node.input[1]))
+            elif node.op_type == "Transpose":
+                shape = tuple(shape[axis] for axis in attributes(node)["perm"])
+        return shape
+
+    def stored_bytes(self, counted: set[str]) -> int:
+        """Bytes of codes, codebooks and scales, without constants in ``counted``, to which it adds its own."""
+        total = 0
+        for name in self.constants:
+            values = constant_value(self.scope, name, self.folder)
+            assert values is not None
+            if name in counted or values.dtype.kind == "i" or (values.size == 1 and values.item() == 1):
+                continue  # sizes and positions, and the factor 1.0 where there are no scales
+            counted.add(name)
+            total += values.nbytes
+        return total
+
+    def _numbers(self, name: str) -> list[int]:
+        values = constant_value(self.scope, name, self.folder)
+        assert values is not None
+        return [int(value) for value in np.ravel(values)]
+
+
+def find_stored(model: ModelProto, folder: str | Path, record: Record | None) -> tuple[StoredWeight, ...]:
+    """The stored weights in the order of the record, or of the nodes where there is none."""
+    names = {} if record is None else {name: place for place, name in enumerate(record.layers)}
+    found = []
+    for scope in scopes(model):
+        recorded = [name for name in names if name in scope.producers]
+        made = {id(node) for name in recorded for node in _makers(scope, name)}
+        others = [n.output[0] for n in scope.proto.node if n.domain == DOMAIN and id(n) not in made]
+        found += [_stored(scope, name, Path(folder)) for name in (*recorded, *others)]
+    return tuple(sorted(found, key=lambda weight: names.get(weight.name, len(names))))
+
+
+def _stored(scope: Scope, name: str, folder: Path) -> StoredWeight:
+    nodes = _makers(scope, name)
+    made = {output for node in nodes for output in node.output}
+    constants = dict.fromkeys(entry for node in nodes for entry in node.input if entry and entry not in made)
+    return StoredWeight(name, scope, tuple(nodes), tuple(constants), folder)
+
+
+def _makers(scope: Scope, name: str) -> list[NodeProto]:
+    """The nodes behind a value, Constant nodes aside, in order of computation."""
+    needed = {name}
+    makers: list[NodeProto] = []
+    for node in reversed(scope.proto.node):
+        if needed & set(node.output) and node.op_type != "Constant":
+            makers.append(node)
+            needed |= set(node.input)
+    return makers[::-1]
+
+
+def elem_type(weight: StoredWeight) -> int:
+    """ONNX element type of the weight: float32 unless the last node casts it."""
+    last = weight.nodes[-1]
+    return int(attributes(last)["to"]) if last.op_type == "Cast" else TensorProto.FLOAT
