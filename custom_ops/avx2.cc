@@ -43,6 +43,28 @@ inline void UnpackOctet(std::uint64_t window, std::size_t bits, std::uint8_t* ou
   _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_shuffle_epi8(even_odd, order));
 }
 
+constexpr std::size_t kTile = 8;
+
+// Three rounds, each of which brings together values that are one, two and four rows apart.
+inline void TransposeTile(const float* from, std::size_t from_stride, float* to, std::size_t to_stride) {
+  __m256 rows[8], pairs[8], quads[8];
+  for (std::size_t i = 0; i < 8; ++i) rows[i] = _mm256_loadu_ps(from + i * from_stride);
+  for (std::size_t i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (std::size_t i = 0; i < 8; i += 4) {
+    quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], _MM_SHUFFLE(1, 0, 1, 0));
+    quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], _MM_SHUFFLE(3, 2, 3, 2));
+    quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], _MM_SHUFFLE(1, 0, 1, 0));
+    quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], _MM_SHUFFLE(3, 2, 3, 2));
+  }
+  for (std::size_t i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31));
+  }
+}
+
 struct WordTable {
   static constexpr std::size_t kWords = 16;
   explicit WordTable(const float* words) : low_(Wide::Load(words)), high_(Wide::Load(words + 8)) {}
@@ -61,6 +83,6 @@ struct WordTable {
 
 namespace vqonnx {
 
-const Kernels kAvx2 = {.name = "avx2", .unpack = Unpack, .decode_row = DecodeRow};
+const Kernels kAvx2 = {.name = "avx2", .unpack = Unpack, .decode_row = DecodeRow, .transpose = Transpose};
 
 }  // namespace vqonnx

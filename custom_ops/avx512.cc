@@ -38,12 +38,35 @@ inline std::uint64_t LoadEight(const std::uint8_t* p) {
   return static_cast<std::uint64_t>(_mm_cvtsi128_si64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 
+// The forms with a full mask do the same as those without, which g++ 12 suspects of reading what was never set.
 inline void UnpackOctet(std::uint64_t window, std::size_t bits, std::uint8_t* out) {
   const long long b = static_cast<long long>(bits);
   const __m512i shifts = _mm512_setr_epi64(0, b, 2 * b, 3 * b, 4 * b, 5 * b, 6 * b, 7 * b);
   const __m512i codes = _mm512_maskz_srlv_epi64(0xFF, _mm512_set1_epi64(static_cast<long long>(window)), shifts);
   const __m512i mask = _mm512_set1_epi64((1LL << b) - 1);
   _mm512_mask_cvtepi64_storeu_epi8(out, 0xFF, _mm512_and_si512(codes, mask));
+}
+
+constexpr std::size_t kTile = 8;
+
+// As in avx2.cc: eight by eight suits kernels of nine taps, where sixteen would leave everything to the scalar loop.
+inline void TransposeTile(const float* from, std::size_t from_stride, float* to, std::size_t to_stride) {
+  __m256 rows[8], pairs[8], quads[8];
+  for (std::size_t i = 0; i < 8; ++i) rows[i] = _mm256_loadu_ps(from + i * from_stride);
+  for (std::size_t i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (std::size_t i = 0; i < 8; i += 4) {
+    quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], _MM_SHUFFLE(1, 0, 1, 0));
+    quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], _MM_SHUFFLE(3, 2, 3, 2));
+    quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], _MM_SHUFFLE(1, 0, 1, 0));
+    quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], _MM_SHUFFLE(3, 2, 3, 2));
+  }
+  for (std::size_t i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31));
+  }
 }
 
 struct WordTable {
@@ -63,6 +86,6 @@ struct WordTable {
 
 namespace vqonnx {
 
-const Kernels kAvx512 = {.name = "avx512", .unpack = Unpack, .decode_row = DecodeRow};
+const Kernels kAvx512 = {.name = "avx512", .unpack = Unpack, .decode_row = DecodeRow, .transpose = Transpose};
 
 }  // namespace vqonnx

@@ -258,15 +258,13 @@ size_t Decode::Offset(size_t index, size_t first_axis, size_t last_axis) const {
   return offset;
 }
 
-void Decode::Copy(const Axis* axis, const Axis* end, const float* from, float* to) {
+void Decode::Copy(const Axis* axis, const Axis* end, const float* from, float* to) const {
   if (axis == end) {
     *to = *from;
-  } else if (axis + 1 == end) {
-    if (axis->from == 1 && axis->to == 1) {
-      std::memcpy(to, from, axis->size * sizeof(float));
-    } else {
-      for (size_t i = 0; i < axis->size; ++i) to[i * axis->to] = from[i * axis->from];
-    }
+  } else if (axis + 1 == end && axis->from == 1 && axis->to == 1) {
+    std::memcpy(to, from, axis->size * sizeof(float));
+  } else if (axis + 2 == end && axis[0].from == 1 && axis[1].to == 1) {
+    kernels_->transpose(from, axis[1].from, axis[1].size, axis[0].size, to, axis[0].to);
   } else {
     for (size_t i = 0; i < axis->size; ++i) Copy(axis + 1, end, from + i * axis->from, to + i * axis->to);
   }

@@ -64,7 +64,7 @@ class Decode {
   void PlanBlocks();
   std::size_t ColumnStep(std::size_t target) const;
   std::size_t Offset(std::size_t index, std::size_t first_axis, std::size_t last_axis) const;
-  static void Copy(const Axis* axis, const Axis* end, const float* from, float* to);
+  void Copy(const Axis* axis, const Axis* end, const float* from, float* to) const;
 
   Coded matrix_ = {};  // its pointers are set by Run
   std::size_t cols_ = 0;

@@ -5,6 +5,7 @@
 //   LoadEight(p)               eight bytes, the first one lowest
 //   UnpackOctet(w, bits, out)  the eight codes in the low 8 * bits bits of `w`
 //   WordTable                  the first `kWords` floats of a codebook; At(codes) looks up Wide::kLanes codes at once
+//   TransposeTile(...)         a square of kTile rows and columns, arguments as in Kernels::transpose
 //
 // No include guard and no standard library on purpose: see STYLE.md, section 5.
 
@@ -171,6 +172,24 @@ void DecodeRow(const Coded& m, std::size_t row, std::size_t group, std::size_t c
     }
     out += span.cols;
     cols -= span.cols;
+  }
+}
+
+// Column by column of tiles, so that the lines of the output are finished one after the other.
+void Transpose(const float* from, std::size_t from_stride, std::size_t rows, std::size_t cols, float* to,
+               std::size_t to_stride) {
+  const std::size_t tiled_rows = rows / kTile * kTile;
+  const std::size_t tiled_cols = cols / kTile * kTile;
+  for (std::size_t c = 0; c < tiled_cols; c += kTile) {
+    for (std::size_t r = 0; r < tiled_rows; r += kTile) {
+      TransposeTile(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+    }
+    for (std::size_t r = tiled_rows; r < rows; ++r) {
+      for (std::size_t i = c; i < c + kTile; ++i) to[i * to_stride + r] = from[r * from_stride + i];
+    }
+  }
+  for (std::size_t c = tiled_cols; c < cols; ++c) {
+    for (std::size_t r = 0; r < rows; ++r) to[c * to_stride + r] = from[r * from_stride + c];
   }
 }
 

@@ -42,6 +42,10 @@ void UnpackOctet(std::uint64_t window, std::size_t bits, std::uint8_t* out) {
   }
 }
 
+constexpr std::size_t kTile = 1;
+
+void TransposeTile(const float* from, std::size_t, float* to, std::size_t) { *to = *from; }
+
 struct WordTable {
   static constexpr std::size_t kWords = 256;
   explicit WordTable(const float* words) : words_(words) {}
@@ -129,7 +133,8 @@ static_assert(sizeof(kEntries) / sizeof(kEntries[0]) <= kMaxTables);
 
 }  // namespace
 
-const Kernels kPortable = {.name = "portable", .unpack = Unpack, .decode_row = CheckedDecodeRow};
+const Kernels kPortable = {
+    .name = "portable", .unpack = Unpack, .decode_row = CheckedDecodeRow, .transpose = Transpose};
 
 std::size_t UsableKernels(const Kernels** tables) {
   std::size_t count = 0;

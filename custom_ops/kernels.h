@@ -35,6 +35,10 @@ struct Kernels {
   // Writes nothing beyond out[cols - 1].
   void (*decode_row)(const Coded& matrix, std::size_t row, std::size_t group, std::size_t cols, float scale,
                      float* out);
+
+  // to[c * to_stride + r] = from[r * from_stride + c] for r < rows and c < cols.
+  void (*transpose)(const float* from, std::size_t from_stride, std::size_t rows, std::size_t cols, float* to,
+                    std::size_t to_stride);
 };
 
 extern const Kernels kPortable;

@@ -199,8 +199,26 @@ void CheckRows(const Kernels& kernels, const Sample& sample, Expected expected) 
   }
 }
 
+void CheckTranspose(const Kernels& kernels, const Sample& sample) {
+  Random random(sample.seed);
+  const size_t rows = Pick(random, 1, 40), cols = Pick(random, 1, 40);
+  const size_t from_stride = cols + Pick(random, 0, 9), to_stride = rows + Pick(random, 0, 9);
+  std::vector<float> from((rows - 1) * from_stride + cols);  // not a value more than may be read
+  for (float& value : from) value = Value(random, false);
+  Guarded out((cols - 1) * to_stride + rows, sample.seed % 5);
+  std::vector<float> expected(out.data(), out.data() + (cols - 1) * to_stride + rows);
+  for (size_t r = 0; r < rows; ++r) {
+    for (size_t c = 0; c < cols; ++c) expected[c * to_stride + r] = from[r * from_stride + c];
+  }
+  kernels.transpose(from.data(), from_stride, rows, cols, out.data(), to_stride);
+  if (!out.Intact() || !std::equal(expected.begin(), expected.end(), out.data())) {
+    Fail(kernels, sample, "transpose of " + std::to_string(rows) + " by " + std::to_string(cols));
+  }
+}
+
 void CheckKernels(const Kernels& kernels, const Sample& sample) {
   CheckUnpack(kernels, sample);
+  CheckTranspose(kernels, sample);
   if (&kernels == &vqonnx::kPortable) {
     return CheckRows(kernels, sample, [&](size_t row, size_t col) { return sample.ValueAt(row, col); });
   }
@@ -325,7 +343,7 @@ int main(int argc, char** argv) {
     Bench(tables);
     return 0;
   }
-  const unsigned seeds = argc > 1 ? static_cast<unsigned>(std::atoi(argv[1])) : 2000;
+  const unsigned seeds = argc > 1 ? static_cast<unsigned>(std::atoi(argv[1])) : 500;
   std::string names;
   for (const Kernels* kernels : tables) {
     names += std::string(" ") + kernels->name;

@@ -322,7 +322,7 @@ def test_onnxruntime_itself_refuses_fixed_types(name: str, dynamic: Collection[s
 
 
 def test_a_node_without_name_is_called_after_its_output() -> None:
-    with pytest.raises(Exception, match="vqonnx.Decode 'weight': the attribute perm is missing"):
+    with pytest.raises(Exception, match=r"vqonnx\.Decode 'weight': the attribute perm is missing"):
         replace(GOOD, name="", attributes={}).run()
 
 

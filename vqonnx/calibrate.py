@@ -11,6 +11,7 @@ import logging
 import pickle
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -65,11 +66,16 @@ class Walk:
         self._rng = np.random.default_rng(seed)
         self._frontier = _Spool()
         self._at = 0
-        for feed in feeds:
-            self._frontier.append(dict(feed))
-        if not len(self._frontier):
-            raise DataError("the calibration data hold no batch; give at least one")
-        self._wanted = self._segments.needed_for([site.node.input[0] for site in sites if self.can_observe(site)])
+        with ExitStack() as undo:  # the folder goes away if the data cannot be read
+            undo.enter_context(self._frontier)
+            for feed in feeds:
+                self._frontier.append(dict(feed))
+            if not len(self._frontier):
+                raise DataError("the calibration data hold no batch; give at least one")
+            undo.pop_all()
+        nodes = [site.node for site in sites if self.can_observe(site)]
+        self._inputs = {self._segments.position(node): node.input[0] for node in nodes}  # of layers, by their position
+        self._wanted = self._segments.needed_for(self._inputs.values())
 
     def can_observe(self, site: Site) -> bool:
         """Whether the layer's input can be seen: it can in the main graph, not in subgraphs and functions."""
@@ -110,8 +116,9 @@ class Walk:
             return
         nodes = [node for node in self._segments.nodes[self._at : position] if id(node) in self._wanted]
         alive = self._segments.alive_at(position, self._wanted)
-        later = _Spool()
-        with self._frontier as before:
+        alive |= {name for at, name in self._inputs.items() if at is not None and at >= position}
+        before, self._frontier = self._frontier, _Spool()
+        with before:
             made = {name for node in nodes for name in node.output}
             session = None
             for batch in before:
@@ -122,8 +129,7 @@ class Walk:
                         session = open_session(model.SerializeToString())
                     known = {entry.name for entry in session.get_inputs()}
                     kept |= run(session, {name: value for name, value in batch.items() if name in known})
-                later.append(kept)
-        self._frontier = later
+                self._frontier.append(kept)
         self._at = position
 
     def __enter__(self) -> Walk:
@@ -168,20 +174,14 @@ class _Segments:
         if site.scope.proto is self._model.graph:
             self._replaced[site.name] = make_tensor(tensor, site.elem_type, site.name)
 
-    def needed_for(self, names: list[str]) -> set[int]:
+    def needed_for(self, names: Iterable[str]) -> set[int]:
         """The nodes (by id) that the named values depend on."""
         wanted, needed = set(names), set()
         for node in reversed(self.nodes):
             if wanted & set(node.output):
                 needed.add(id(node))
                 wanted |= node_reads(node)
-        return needed | {id(self.nodes[position]) for position in self._layers(names)}
-
-    def _layers(self, names: list[str]) -> Iterator[int]:
-        wanted = set(names)
-        for position, node in enumerate(self.nodes):
-            if node.input and node.input[0] in wanted:
-                yield position
+        return needed
 
     def alive_at(self, position: int, wanted: set[int]) -> set[str]:
         """Values that the wanted nodes from ``position`` on read."""

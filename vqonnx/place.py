@@ -38,13 +38,15 @@ def place(model: ModelProto, placements: Sequence[Placement], target: Target) ->
     by_scope: dict[int, list[Placement]] = {}
     for placement in placements:
         by_scope.setdefault(id(placement.site.scope), []).append(placement)
-    for group in by_scope.values():
+    # Inner scopes first: rewriting a scope copies its nodes, and with them the subgraphs that they hold.
+    for group in sorted(by_scope.values(), key=lambda group: -len(_lineage(group[0].site.scope))):
         _rewrite(group[0].site.scope, group, taken, target, opset)
     if target != "portable":
         _import_domain(model.opset_import)
-        for function in {id(p.site.scope.proto): p.site.scope.proto for p in placements}.values():
-            if isinstance(function, FunctionProto):
-                _import_domain(function.opset_import)
+        for placement in placements:
+            outermost = _lineage(placement.site.scope)[-1].proto
+            if isinstance(outermost, FunctionProto):
+                _import_domain(outermost.opset_import)
     if target == "hybrid":
         features = ops.Features()
         for coded in (part for placement in placements for part in _coded(placement.form)):
@@ -56,6 +58,11 @@ def place(model: ModelProto, placements: Sequence[Placement], target: Target) ->
 def main_opset(model: ModelProto) -> int:
     """Version of the standard operators that the model is written for."""
     return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
+def _lineage(scope: Scope) -> list[Scope]:
+    """The scope and those around it, the outermost last."""
+    return [scope] if scope.parent is None else [scope, *_lineage(scope.parent)]
 
 
 def _rewrite(scope: Scope, placements: list[Placement], taken: set[str], target: Target, opset: int) -> None:
@@ -88,7 +95,8 @@ def _rewrite(scope: Scope, placements: list[Placement], taken: set[str], target:
     if isinstance(proto, GraphProto):
         _remove(proto.initializer, unused)
         _remove(proto.input, unused)
-        _remove(proto.value_info, unused - {placement.site.name for placement in placements})
+        outputs = {name for node in scope.producers.values() if id(node) in dropped for name in node.output}
+        _remove(proto.value_info, (unused | outputs) - {placement.site.name for placement in placements})
         proto.initializer.extend(writer.constants.values())
 
 

@@ -99,10 +99,10 @@ class _ConvTranspose(_Conv):
         if self._mode == "VALID":
             self.pads = [0] * 2 * axes
         output = list(attributes.get("output_shape", []))[-axes:]
-        if self._mode.startswith("SAME") and not output:
-            output = [self.size[a] * self.strides[a] for a in range(axes)]
+        if self._mode.startswith("SAME") or output:
+            wanted = output or [self.size[a] * self.strides[a] for a in range(axes)]
+            self._split_pads([max(full[a] - wanted[a], 0) for a in range(axes)])
         if output:
-            self._split_pads([max(full[a] - output[a], 0) for a in range(axes)])
             return [int(size) for size in output]
         return [full[a] - self.pads[a] - self.pads[axes + a] for a in range(axes)]
 
@@ -147,7 +147,9 @@ def _unfold_matmul(
     if stack:
         x = np.broadcast_to(x, (*np.broadcast_shapes(x.shape[:-2], stack), *x.shape[-2:]))
         outer = x.ndim - 2 - len(stack)
-        x = np.moveaxis(x, range(outer), range(len(stack), len(stack) + outer))
+        shared = [outer + axis for axis, size in enumerate(stack) if size == 1]  # all of x along them meets one matrix
+        axes = [outer + axis for axis, size in enumerate(stack) if size > 1]
+        x = x.transpose(*axes, *range(outer), *shared, x.ndim - 2, x.ndim - 1)
     rows = x.reshape(prod(stack), -1, cols)
     limit = None if positions is None else positions * max(1, x.shape[0] if not stack else 1)
     if limit is not None and limit < rows.shape[1]:

@@ -1,0 +1,93 @@
+"""What the benchmarks share: where the data are, how images are prepared, and what to write beside a figure."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from PIL import Image
+
+Feed = dict[str, np.ndarray]
+
+_ROOT = Path(__file__).resolve().parent.parent
+_CIFAR_MEAN = np.array([0.485, 0.456, 0.406], np.float32)[:, None, None]
+_CIFAR_STD = np.array([0.229, 0.224, 0.225], np.float32)[:, None, None]
+
+
+def data_dir() -> Path:
+    """The folder with real models and images: $VQONNX_DATA, or shared/data beside the checkout."""
+    for folder in (os.environ.get("VQONNX_DATA"), _ROOT.parent / "shared" / "data"):
+        if folder and Path(folder).is_dir():
+            return Path(folder)
+    raise SystemExit("no data: set VQONNX_DATA to the folder with models/, cifar10/, imagenet/ and zoo/")
+
+
+def setting() -> str:
+    """Machine, instruction set, versions and date, for the line under a table."""
+    flags = ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        words = set(cpuinfo.read_text().split())
+        flags = next((name for name in ("avx512_vnni", "avx512f", "avx2") if name in words), "")
+    return (
+        f"{_processor()}, {os.cpu_count()} cores, {flags or platform.machine()}; Python {platform.python_version()}, "
+        f"onnxruntime {onnxruntime.__version__}, onnx {onnx.__version__}, numpy {np.__version__}; "
+        f"{datetime.date.today().isoformat()}"
+    )
+
+
+def cifar_feeds(split: str, count: int, batch: int = 100) -> list[Feed]:
+    """Batches of CIFAR-10 images of a sheet (``test`` or ``train_0`` ..), normalised."""
+    with Image.open(data_dir() / "cifar10" / f"{split}.webp") as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    images = pixels.reshape(100, 32, 100, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)[:count]
+    ready = ((images.astype(np.float32) / 255 - _CIFAR_MEAN) / _CIFAR_STD).astype(np.float32)
+    return [{"input": ready[start : start + batch]} for start in range(0, count, batch)]
+
+
+def cifar_labels() -> np.ndarray:
+    """Right classes of the test sheet."""
+    with np.load(data_dir() / "cifar10" / "labels.npz") as arrays:
+        return arrays["test"].astype(np.int64)
+
+
+def imagenet_feeds(split: str, count: int, batch: int = 16) -> Iterator[Feed]:
+    """Batches of ``calib`` or ``val`` images as the MobileNets want them: RGB / 127.5 - 1, 224 x 224."""
+    paths = sorted(path for path in (data_dir() / "imagenet" / split).iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+    for start in range(0, min(count, len(paths)), batch):
+        yield {"input": np.stack([_mobilenet(path) for path in paths[start : min(start + batch, count)]])}
+
+
+def imagenet_val_labels() -> np.ndarray:
+    """Right classes (0..999) of the val images in the order of their names."""
+    with (data_dir() / "imagenet" / "val_labels.csv").open() as file:
+        rows = list(csv.reader(file))
+    labels = {row[0]: int(row[1]) for row in rows if row[1].strip().isdigit()}
+    return np.array([labels[name] for name in sorted(labels)], np.int64)
+
+
+def _mobilenet(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = image.convert("RGB").crop((left, top, left + side, top + side))
+        edge = round(side * 224 / 256) if side >= 256 else 224
+        inset = (side - edge) // 2
+        cropped = square.crop((inset, inset, inset + edge, inset + edge)).resize((224, 224), Image.Resampling.BILINEAR)
+    return (np.asarray(cropped, np.float32) / 127.5 - 1).transpose(2, 0, 1)
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

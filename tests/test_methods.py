@@ -1,0 +1,464 @@
+"""The checks that every method passes, and one of what each claims."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from vqonnx.errors import OptionError
+from vqonnx.form import Coded, Form
+from vqonnx.method import Layer, LeftAlone, Method, Needs, blocks_of
+from vqonnx.methods import METHODS, method_by_name
+from vqonnx.methods.bgd import BGD
+from vqonnx.methods.codebook import clamp_words, store
+from vqonnx.methods.kmeans import KMeans
+from vqonnx.methods.pq import PQ
+from vqonnx.moments import Moments, MomentsAccumulator, snr_db
+
+IDS = [kind.id for kind in METHODS]
+every_method = pytest.mark.parametrize("kind", METHODS, ids=IDS)
+
+
+def correlated_rows(cols: int, seed: int, groups: int = 1, count: int = 400) -> NDArray[np.float32]:
+    """Inputs like activations: neighbours move together, some columns are louder than others."""
+    rng = np.random.default_rng(seed)
+    common = np.cumsum(rng.normal(size=(groups, count, cols)), axis=2)
+    return (common / np.sqrt(np.arange(1, cols + 1)) * rng.uniform(0.1, 3, cols)).astype(np.float32)
+
+
+def moments_of(rows: NDArray[np.float32]) -> Moments:
+    accumulator = MomentsAccumulator(rows.shape[0], rows.shape[2])
+    accumulator.add(rows)
+    return accumulator.result()
+
+
+def gaussian(rows: int, cols: int, seed: int, kernel: tuple[int, ...] = (), **more: Any) -> Layer:
+    weight = np.random.default_rng(seed).normal(size=(rows, cols)).astype(np.float32) * 0.1
+    op_type = "Conv" if kernel else "Gemm"
+    return Layer(f"gaussian-{rows}x{cols}-{seed}", op_type, weight, kernel, seed=seed, **more)
+
+
+def with_moments(layer: Layer, groups: int = 1) -> Layer:
+    return replace(layer, moments=moments_of(correlated_rows(layer.weight.shape[1], layer.seed, groups)))
+
+
+def spell(method: Method, layer: Layer) -> str:
+    return f"{method} on {layer.name} {layer.weight.shape} kernel {layer.kernel} seed {layer.seed}"
+
+
+def snr(layer: Layer, form: Form) -> float:
+    found = snr_db(float(np.sum(layer.weight**2)), float(np.sum((layer.weight - form.decode()) ** 2)))
+    return np.inf if found is None else found
+
+
+def array_bytes(form: Form) -> bytes:
+    assert isinstance(form, Coded)
+    scales = b"" if form.scales is None else form.scales.tobytes()
+    return form.packed.tobytes() + form.codebooks.tobytes() + scales
+
+
+def few_values() -> Layer:
+    values = np.array([-1.5, 0, 0.25], np.float32)  # exact in float16
+    weight = np.tile(values, (60, 24))[:, :24 * 3]
+    return Layer("three-values", "Gemm", weight)
+
+
+LAYERS = [
+    gaussian(64, 72, 0, (3, 3)),
+    with_moments(gaussian(64, 72, 1, (3, 3))),
+    with_moments(gaussian(64, 72, 2, (3, 3)), groups=4),
+    with_moments(gaussian(96, 64, 3)),
+    with_moments(gaussian(1, 512, 4)),
+    with_moments(gaussian(512, 1, 5)),
+    with_moments(gaussian(1, 1, 6)),
+    with_moments(gaussian(40, 37, 7)),  # 37 is prime: a tail shorter than a vector
+    replace(with_moments(gaussian(64, 36, 8, (3, 3))), weight=np.zeros((64, 36), np.float32), name="all-zero"),
+    replace(gaussian(50, 64, 9), moments=moments_of(np.zeros((1, 5, 64), np.float32)), name="dead-inputs"),
+    few_values(),
+    with_moments(few_values()),
+    with_moments(gaussian(33, 45, 10, (3, 3), first=True)),
+    with_moments(gaussian(30, 40, 11, (5,), last=True)),
+]
+every_layer = pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer.name}-{layer.moments is not None}")
+
+# What is left alone at the default options, by method: a width that is more than a row, and too few vectors for a codebook.
+LEFT_ALONE = {
+    "kmeans": set(),
+    "pq": {"gaussian-512x1-5", "gaussian-1x1-6"},
+    "bgd": {"gaussian-512x1-5", "gaussian-1x1-6", "gaussian-33x45-10"},
+}
+
+
+# ---------------------------------------------------------------- every method, every layer
+
+
+@every_method
+@every_layer
+def test_the_form_has_the_shape_of_the_weight(kind: type[Method], layer: Layer) -> None:
+    method = kind()
+    if layer.name in LEFT_ALONE.get(kind.id, ()):
+        with pytest.raises(LeftAlone, match=r"\w+ "):
+            method.encode(layer)
+        return
+    before = layer.weight.copy()
+    form = method.encode(layer)
+    where = spell(method, layer)
+    assert form.shape == layer.weight.shape, where
+    decoded = form.decode()
+    assert decoded.shape == layer.weight.shape, where
+    assert np.isfinite(decoded).all(), where
+    np.testing.assert_array_equal(layer.weight, before, err_msg=f"{where}: the weight was changed")
+    if not layer.weight.any():
+        assert not decoded.any(), where
+    else:
+        assert snr(layer, form) > 2, where
+
+
+@every_method
+@every_layer
+def test_the_same_layer_gives_the_same_bytes(kind: type[Method], layer: Layer) -> None:
+    method = kind()
+    try:
+        first = method.encode(layer)
+    except LeftAlone as reason:
+        with pytest.raises(LeftAlone) as again:
+            method.encode(layer)
+        assert str(again.value) == str(reason)
+        return
+    second = kind().encode(replace(layer, weight=layer.weight.copy()))
+    assert array_bytes(first) == array_bytes(second), spell(method, layer)
+
+
+@every_method
+def test_another_seed_gives_other_bytes_of_the_same_size(kind: type[Method]) -> None:
+    layer = with_moments(gaussian(96, 72, 0, (3, 3)))
+    first, second = kind().encode(layer), kind().encode(replace(layer, seed=1))
+    assert array_bytes(first) != array_bytes(second)
+    assert first.nbytes == second.nbytes
+    assert abs(snr(layer, first) - snr(layer, second)) < 1.0
+
+
+@every_method
+def test_fewer_bits_take_fewer_bytes(kind: type[Method]) -> None:
+    layer = with_moments(gaussian(128, 90, 0, (3, 3)))  # 1280 blocks of 9: enough for 256 words by the paper's rule
+    sizes = [kind(bits=bits).encode(layer).nbytes for bits in range(1, 9)]
+    assert sizes == sorted(set(sizes)), f"{kind.id} on {layer.name}: {sizes}"
+    assert sizes[-1] < layer.weight.nbytes / 2
+
+
+@every_method
+def test_more_bits_never_raise_the_error_on_average(kind: type[Method]) -> None:
+    layers = [with_moments(gaussian(64, 72, seed, (3, 3))) for seed in range(3)]
+    means = [np.mean([snr(layer, kind(bits=bits).encode(layer)) for layer in layers]) for bits in range(1, 9)]
+    assert means == sorted(means), f"{kind.id}: {means}"
+
+
+@every_method
+def test_float32_codebooks_cost_twice_and_are_no_worse(kind: type[Method]) -> None:
+    layer = with_moments(gaussian(64, 72, 0, (3, 3)))
+    half, single = kind(codebook="float16").encode(layer), kind(codebook="float32").encode(layer)
+    assert isinstance(half, Coded)
+    assert isinstance(single, Coded)
+    assert single.nbytes - half.nbytes == half.codebooks.nbytes
+    assert snr(layer, single) >= snr(layer, half) - 0.01
+
+
+@every_method
+def test_weights_beyond_float16_are_left_alone_or_kept_in_float32(kind: type[Method]) -> None:
+    layer = gaussian(64, 72, 0, (3, 3))
+    layer = replace(layer, weight=layer.weight * 1e7)
+    with pytest.raises(LeftAlone, match=r"float16 \(65504\).*codebook=float32"):
+        kind().encode(layer)
+    assert np.isfinite(kind(codebook="float32").encode(layer).decode()).all()
+
+
+@settings(max_examples=40)
+@given(
+    rows=st.integers(1, 40),
+    cols=st.integers(1, 40),
+    bits=st.integers(1, 8),
+    width=st.integers(1, 12),
+    seed=st.integers(0, 99),
+    observed=st.booleans(),
+)
+@pytest.mark.parametrize("kind", METHODS, ids=IDS)
+def test_any_shape_bits_and_width(
+    kind: type[Method], rows: int, cols: int, bits: int, width: int, seed: int, observed: bool
+) -> None:
+    layer = gaussian(rows, cols, seed)
+    layer = with_moments(layer) if observed else layer
+    options = {"bits": bits} | ({"width": width} if "width" in {field.name for field in fields(kind)} else {})
+    method = kind(**options)
+    where = spell(method, layer)
+    try:
+        form = method.encode(layer)
+    except LeftAlone as reason:
+        assert str(reason), where
+        assert "width" in options, where  # scalar codes exist for every layer
+        vectors = rows * -(-cols // width)
+        assert cols < width or (kind is BGD and clamp_words(2**bits, vectors) < 2), where
+        return
+    assert form.shape == (rows, cols), where
+    assert isinstance(form, Coded)
+    assert form.bits <= bits, where
+    assert form.width == options.get("width", 1), where
+    assert np.isfinite(form.decode()).all(), where
+
+
+@pytest.mark.parametrize("layer", [few_values(), with_moments(few_values())], ids=["plain", "observed"])
+@pytest.mark.parametrize("method", [KMeans(bits=2), PQ(width=3), PQ(width=4), PQ(width=5, books="group")], ids=str)
+def test_fewer_distinct_vectors_than_words_are_exact(method: Method, layer: Layer) -> None:
+    form = method.encode(layer)
+    assert isinstance(form, Coded)
+    assert form.decode().tobytes() == layer.weight.tobytes(), spell(method, layer)
+    assert form.words <= 5, spell(method, layer)
+
+
+# ---------------------------------------------------------------- options
+
+
+def alternatives(kind: type[Method]) -> list[dict[str, Any]]:
+    """Each option at each of a few values, found from the fields."""
+    hints = get_type_hints(kind)
+    found: list[dict[str, Any]] = [{}]
+    for field in fields(kind):
+        hint = hints[field.name]
+        if get_origin(hint) is Literal:
+            values: list[Any] = list(get_args(hint))
+        elif hint is bool:
+            values = [False, True]
+        else:
+            values = [1, 3, 8] + ([None] if type(None) in get_args(hint) else [])
+        found += [{field.name: value} for value in values]
+    return found
+
+
+@every_method
+def test_options_survive_as_text(kind: type[Method]) -> None:
+    for options in alternatives(kind):
+        method = kind(**options)
+        assert set(method.options) == {field.name for field in fields(kind)}
+        assert method_by_name(kind.id, {name: str(value) for name, value in method.options.items()}) == method
+        assert method_by_name(kind.id, method.options) == method, "as read from JSON"
+
+
+@every_method
+def test_defaults_need_no_option(kind: type[Method]) -> None:
+    assert method_by_name(kind.id) == kind()
+
+
+@every_method
+def test_an_unknown_option_is_named_with_those_there_are(kind: type[Method]) -> None:
+    with pytest.raises(OptionError, match=rf"'{kind.id}' has no option 'color'; it has .*bits"):
+        method_by_name(kind.id, {"color": "red"})
+
+
+def bad_values() -> list[Any]:
+    cases = []
+    for kind in METHODS:
+        hints = get_type_hints(kind)
+        for field in fields(kind):
+            hint = hints[field.name]
+            if get_origin(hint) is Literal:
+                bad = ["", "x", "None"]
+            elif hint is bool:
+                bad = ["2", "maybe", ""]
+            else:
+                bad = ["x", "4.5", "", "0", "-1", "999"]
+            cases += [pytest.param(kind, field.name, value, id=f"{kind.id}-{field.name}-{value}") for value in bad]
+    return cases
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), bad_values())
+def test_a_bad_value_is_named(kind: type[Method], name: str, value: str) -> None:
+    with pytest.raises(OptionError) as error:
+        method_by_name(kind.id, {name: value})
+    message = str(error.value)
+    assert kind.id in message, message
+    assert name in message, message
+    assert value in message, message
+
+
+@pytest.mark.parametrize("value", ["auto", "None", "none"])
+def test_no_width_may_be_written_in_words(value: str) -> None:
+    assert method_by_name("bgd", {"width": value}) == BGD(width=None)
+
+
+def test_an_unknown_method_is_named_with_those_there_are() -> None:
+    with pytest.raises(OptionError, match=f"'qp' is unknown.*{', '.join(IDS)}"):
+        method_by_name("qp")
+
+
+def test_ids_are_different() -> None:
+    assert len(set(IDS)) == len(METHODS)
+
+
+# ---------------------------------------------------------------- what the helpers claim
+
+
+@pytest.mark.parametrize(
+    ("words", "vectors", "expected"),
+    [
+        (256, 64 * 64 // 8, 64),  # METHODS 1.3: 64x64x1x1 with d=8
+        (256, 513, 128),  # strictly smaller than a quarter
+        (256, 1024, 128),
+        (256, 1025, 256),
+        (16, 10**6, 16),
+        (256, 9, 2),
+        (256, 8, 1),
+        (256, 1, 1),
+        (2, 10**6, 2),
+    ],
+)
+def test_clamp_words(words: int, vectors: int, expected: int) -> None:
+    assert clamp_words(words, vectors) == expected
+
+
+@given(st.integers(1, 8), st.integers(1, 5000))
+def test_clamp_words_is_the_largest_power_of_two_below_a_quarter(bits: int, vectors: int) -> None:
+    powers = [2**power for power in range(bits + 1) if 2**power < vectors / 4]
+    assert clamp_words(2**bits, vectors) == max(powers, default=1)
+
+
+def test_blocks_of_fills_the_tail_with_zeros() -> None:
+    blocks = blocks_of(np.arange(10, dtype=np.float32).reshape(2, 5) + 1, 3)
+    assert blocks.tolist() == [[[1, 2, 3], [4, 5, 0]], [[6, 7, 8], [9, 10, 0]]]
+
+
+def test_store_keeps_what_fits() -> None:
+    words = np.array([[65504.0, -1.0]], np.float32)
+    assert store(words, "float16", "w").tolist() == words.tolist()
+    with pytest.raises(LeftAlone, match="float16"):
+        store(words * -2, "float16", "w")
+
+
+# ---------------------------------------------------------------- what each claims
+
+
+@pytest.mark.parametrize(
+    ("bits", "low", "high"),
+    # Max (1960): the best 4-bit quantiser of a Gaussian has 20.22 dB, 1 bit 4.40 dB; at 8 bits Panter and Dite's
+    # 6.02 * 8 - 4.35 = 43.8 dB, and a little more because a sample ends somewhere.
+    [(1, 4.3, 4.5), (4, 20.0, 20.5), (8, 42.5, 45.5)],
+)
+def test_kmeans_is_the_best_scalar_quantiser(bits: int, low: float, high: float) -> None:
+    layer = gaussian(128, 256, 0)
+    found = snr(layer, KMeans(bits=bits).encode(layer))
+    assert low < found < high, f"{bits} bits on {layer.name}: {found} dB"
+
+
+def test_kmeans_has_one_codebook_of_scalars() -> None:
+    form = KMeans(bits=4).encode(gaussian(64, 64, 0))
+    assert (form.stages, form.books, form.words, form.width, form.scales) == (1, 1, 16, 1, None)
+    assert form.nbytes == 64 * 64 // 2 + 16 * 2
+
+
+def test_pq_beats_scalars_and_not_the_rate_distortion_bound() -> None:
+    """Independent Gaussians at 2 bits a weight: scalars reach 9.30 dB, nothing reaches 12.04 dB."""
+    layer = gaussian(256, 256, 0)
+    found = snr(layer, PQ(width=4, bits=8).encode(layer))
+    assert 9.5 < found < 11.2, f"{layer.name}: {found} dB"
+
+
+def test_pq_uses_what_blocks_have_in_common() -> None:
+    """Weights that are sums of few patterns: far beyond what independent weights allow."""
+    rng = np.random.default_rng(0)
+    patterns = rng.normal(size=(256, 8))
+    weight = patterns[rng.integers(0, 256, (128, 16))].reshape(128, 128) + 0.01 * rng.normal(size=(128, 128))
+    layer = Layer("patterns", "Gemm", weight.astype(np.float32))
+    assert snr(layer, PQ(width=8, bits=8).encode(layer)) > 15
+    assert snr(gaussian(128, 128, 0), PQ(width=8, bits=8).encode(gaussian(128, 128, 0))) < 9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_book_for_each_group_suits_columns_that_differ(seed: int) -> None:
+    layer = gaussian(256, 32, seed)
+    layer = replace(layer, weight=layer.weight * np.repeat([0.01, 1, 3, 30], 8).astype(np.float32))
+    one, group = PQ(bits=4).encode(layer), PQ(bits=4, books="group").encode(layer)
+    assert (one.books, group.books) == (1, 4)
+    assert group.nbytes - one.nbytes == 3 * 16 * 8 * 2
+    for part in range(4):  # the groups that matter little are the ones that one book forgets
+        cut = slice(8 * part, 8 * part + 8)
+        error = [float(np.sum((layer.weight - form.decode())[:, cut] ** 2)) for form in (one, group)]
+        assert error[1] <= error[0] * 1.02, f"group {part}, seed {seed}: {error}"
+
+
+def test_a_group_with_few_vectors_gets_a_padded_book() -> None:
+    layer = gaussian(64, 16, 0)
+    layer.weight[:, :8] = 0.5  # one distinct vector in the first group
+    form = PQ(bits=4, books="group").encode(layer)
+    assert form.codebooks.shape == (1, 2, 16, 8)
+    assert (form.decode()[:, :8] == 0.5).all()
+
+
+def metric_error(layer: Layer, form: Coded) -> float:
+    """METHODS 1.1: sum over the blocks of ``e^T G e``."""
+    assert layer.moments is not None
+    error = blocks_of(layer.weight - form.decode(), form.width).reshape(-1, form.width).astype(np.float64)
+    return float(np.einsum("ni,ij,nj->", error, layer.moments.pooled_gram(form.width), error))
+
+
+@pytest.mark.parametrize(("kernel", "width"), [((3, 3), 9), ((1, 1), 4), ((1, 1), 8), ((), 4)])
+def test_bgd_lowers_the_output_error_at_the_same_size(kernel: tuple[int, ...], width: int) -> None:
+    gains, outputs = [], []
+    for seed in range(4):
+        layer = with_moments(gaussian(144, 144, seed, kernel))
+        bits = 6
+        plain, ours = PQ(width=width, bits=bits).encode(layer), BGD(width=width, bits=bits).encode(layer)
+        assert ours.nbytes == plain.nbytes, spell(BGD(width=width, bits=bits), layer)
+        gains.append(10 * np.log10(metric_error(layer, plain) / metric_error(layer, ours)))
+        assert layer.moments is not None
+        energies = [layer.moments.energy(layer.weight - form.decode()) for form in (plain, ours)]
+        outputs.append(10 * np.log10(energies[0] / energies[1]))
+    where = f"kernel {kernel} width {width}: in the metric {gains} dB, output {outputs} dB"
+    assert min(gains) > 0.2, where
+    assert np.mean(outputs) > 0, where
+    assert max(gains) < 25, where  # better by more than the metric's condition would be a mistake in the measure
+
+
+def test_bgd_without_moments_is_plain() -> None:
+    layer = gaussian(144, 144, 0)
+    plain, ours = PQ(width=4, bits=6).encode(layer), BGD(width=4, bits=6).encode(layer)
+    assert array_bytes(plain) == array_bytes(ours)
+
+
+def test_bgd_leaves_the_first_layer_alone_unless_told() -> None:
+    layer = with_moments(gaussian(64, 72, 0, (3, 3), first=True))
+    with pytest.raises(LeftAlone, match="first=true"):
+        BGD().encode(layer)
+    assert BGD(first=True).encode(layer).shape == (64, 72)
+    assert BGD().encode(replace(layer, first=False)).shape == (64, 72)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "cols", "small", "large"),
+    [((3, 3), 72, 9, 18), ((1, 1), 64, 4, 8), ((), 64, 4, 4), ((3,), 72, 3, 6), ((7, 7), 147, 49, 98), ((1,), 64, 4, 8)],
+)
+def test_bgd_takes_the_blocks_of_the_paper(kernel: tuple[int, ...], cols: int, small: int, large: int) -> None:
+    layer = gaussian(128, cols, 0, kernel)
+    assert BGD(blocks="small").encode(layer).width == small
+    assert BGD(blocks="large").encode(layer).width == large
+    assert BGD(width=5).encode(layer).width == 5
+
+
+def test_bgd_keeps_the_codebook_below_a_quarter_of_the_vectors() -> None:
+    layer = gaussian(64, 64, 0, (1, 1))
+    assert BGD(blocks="large").encode(layer).words == 64  # METHODS 1.3, the released checkpoint
+    with pytest.raises(LeftAlone, match="8 vectors of width 4 are too few"):
+        BGD().encode(gaussian(1, 32, 0))
+
+
+@pytest.mark.parametrize("kind", [PQ, BGD])
+def test_a_width_beyond_the_row_is_left_alone_with_both_numbers(kind: type[Method]) -> None:
+    with pytest.raises(LeftAlone, match="width 9 is more than the 8 columns"):
+        kind(width=9).encode(gaussian(500, 8, 0))
+
+
+def test_only_bgd_asks_for_data() -> None:
+    assert [kind.id for kind in METHODS if kind.needs is Needs.MOMENTS] == ["bgd"]
