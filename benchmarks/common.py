@@ -60,7 +60,9 @@ def cifar_labels() -> np.ndarray:
 
 def imagenet_feeds(split: str, count: int, batch: int = 16) -> Iterator[Feed]:
     """Batches of ``calib`` or ``val`` images as the MobileNets want them: RGB / 127.5 - 1, 224 x 224."""
-    paths = sorted(path for path in (data_dir() / "imagenet" / split).iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+    paths = sorted(
+        path for path in (data_dir() / "imagenet" / split).iterdir() if path.suffix.lower() in (".jpg", ".jpeg")
+    )
     for start in range(0, min(count, len(paths)), batch):
         yield {"input": np.stack([_mobilenet(path) for path in paths[start : min(start + batch, count)]])}
 

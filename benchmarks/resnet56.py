@@ -2,8 +2,8 @@
 
     python benchmarks/resnet56.py
 
-Calibrates on the first 1,024 training images, evaluates on all 10,000 test images. Prints bytes on disk and top-1 before
-and after, for the method of Stock et al. with each column order and for plain PQ and scalar k-means beside it.
+Calibrates on the first 1,024 training images, evaluates on all 10,000 test images. Prints bytes on disk and top-1
+before and after, for the method of Stock et al. with each column order and for plain PQ and scalar k-means beside it.
 """
 
 from __future__ import annotations

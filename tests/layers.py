@@ -1,4 +1,4 @@
-"""Single linear layers for tests: random shapes and attributes, run by onnxruntime on whole numbers, so that results are exact."""
+"""Single linear layers: any shape and attribute, run by onnxruntime on whole numbers, so that results are exact."""
 
 from __future__ import annotations
 
@@ -70,8 +70,10 @@ class Single:
         """The output as ``[groups, n, outputs of a group]``, positions in the order of the output."""
         if self.op_type in ("Conv", "ConvTranspose"):
             batch, outputs = y.shape[:2]
-            return y.reshape(batch, self.group, outputs // self.group, -1).transpose(1, 0, 3, 2).reshape(
-                self.group, -1, outputs // self.group
+            return (
+                y.reshape(batch, self.group, outputs // self.group, -1)
+                .transpose(1, 0, 3, 2)
+                .reshape(self.group, -1, outputs // self.group)
             )
         stack = self.weight[:-2]
         if not stack:

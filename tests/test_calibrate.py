@@ -115,7 +115,7 @@ def with_if() -> ModelProto:
 
 
 def two_branches() -> ModelProto:
-    """The input feeds a layer and, beside it, a node that also reads what no layer needs; a bias is made at run time."""
+    """The input feeds a layer and a node that also reads what no layer needs; a bias is made at run time."""
     nodes = [
         node("Abs", "x", "q"),
         node("Neg", "q", "z"),
@@ -159,7 +159,24 @@ def sequences() -> ModelProto:
     return build(nodes, [tensor("w1", 3, 3, 3, 3), tensor("w2", 5, 3, 3, 3)])
 
 
+def left_out() -> ModelProto:
+    """Outputs and inputs that are left out: both have the empty name."""
+    nodes = [
+        node("Conv", "x w1", "c1"),
+        helper.make_node("Dropout", ["x"], ["unused", ""], "unused"),
+        helper.make_node("Dropout", ["c1"], ["d", ""], "d"),
+        node("Resize", "d - scales", "u", mode="nearest"),
+        node("Clip", "u - six", "k"),
+        node("Conv", "k w2 -", "c2"),
+        node("Conv", "c2 w3 -", "y"),
+    ]
+    scales = numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "scales")
+    six = numpy_helper.from_array(np.float32(6), "six")
+    return build(nodes, [tensor("w1", 4, 3, 3, 3), tensor("w2", 5, 4, 3, 3), tensor("w3", 2, 5, 1, 1), scales, six])
+
+
 MODELS = {
+    "left-out": left_out,
     "cnn": cnn,
     "cnn-weights-are-inputs": lambda: cnn(weights_are_inputs=True, ir_version=3),
     "if": with_if,
@@ -173,7 +190,10 @@ every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def images(*sizes: int, seed: int = 0) -> Feeds:
     rng = np.random.default_rng(seed)
     # The sign of the mean changes, so that both branches of an If are taken.
-    return [{"x": (rng.normal(size=(n, 3, 8, 8)) + (0.3 if at % 2 else -0.3)).astype(np.float32)} for at, n in enumerate(sizes)]
+    return [
+        {"x": (rng.normal(size=(n, 3, 8, 8)) + (0.3 if at % 2 else -0.3)).astype(np.float32)}
+        for at, n in enumerate(sizes)
+    ]
 
 
 # ---------------------------------------------------------------- the truth
@@ -391,7 +411,9 @@ def test_every_node_runs_at_most_once_for_each_batch(monkeypatch: pytest.MonkeyP
     observed = walk_all(model, feeds)
     assert len(counting.models) <= len(sites)
     fixed = {"w4", "w3t"}  # constants may be made again in each segment
-    nodes = Counter(entry.name for segment in counting.models for entry in segment.graph.node if entry.name not in fixed)
+    nodes = Counter(
+        entry.name for segment in counting.models for entry in segment.graph.node if entry.name not in fixed
+    )
     assert nodes, "nothing was run"
     assert set(nodes.values()) == {1}, f"{nodes}"
     assert set(counting.runs.values()) == {len(feeds)}, f"{counting.runs}"
@@ -404,6 +426,9 @@ def test_what_no_layer_needs_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None
     walk_all(two_branches(), images(2))
     names = {entry.name for segment in counting.models for entry in segment.graph.node}
     assert names == {"c1", "r1", "xp", "xf"}
+    counting.models.clear()
+    walk_all(left_out(), images(2))
+    assert "unused" not in {entry.name for segment in counting.models for entry in segment.graph.node}
 
 
 def test_observing_a_layer_twice_runs_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,6 +476,8 @@ def test_batches_lie_on_disk_and_only_those_of_one_cut(scratch: Path) -> None:
             folders = list(scratch.iterdir())
             assert len(folders) == 1, site.name
             assert len(list(folders[0].iterdir())) == 2, site.name
+        sizes = [path.stat().st_size for path in folders[0].iterdir()]
+        assert max(sizes) < 1000, f"only 6 numbers of each image are alive at the last layer, not images: {sizes}"
     assert not list(scratch.iterdir())
 
 
@@ -491,7 +518,11 @@ def test_a_layer_in_a_subgraph_cannot_be_observed() -> None:
     model = with_if()
     sites = {site.name: site for site in sites_of(model)}
     with Walk(model, ".", sites.values(), images(2)) as walk:
-        assert {name: walk.can_observe(site) for name, site in sites.items()} == {"w1": True, "w2": True, "inner": False}
+        assert {name: walk.can_observe(site) for name, site in sites.items()} == {
+            "w1": True,
+            "w2": True,
+            "inner": False,
+        }
 
 
 def test_a_layer_of_a_constant_cannot_be_observed() -> None:
@@ -514,10 +545,11 @@ def test_inputs_that_are_not_finite_name_the_layer(value: float) -> None:
 def test_a_value_that_becomes_infinite_names_the_layer_where_it_shows() -> None:
     model, feeds = cnn(), images(2)
     sites = sites_of(model)
-    with Walk(model, ".", sites, feeds, positions=ALL) as walk, pytest.raises(DataError, match=r"^w2: .*not finite"):
+    with Walk(model, ".", sites, feeds, positions=ALL) as walk:
         walk.observe(sites[0], "ihw")
         walk.replace(sites[0], np.full(sites[0].shape, 3e38, np.float32))
-        walk.observe(sites[1], "ihw")
+        with pytest.raises(DataError, match=r"^w2: .*not finite"):
+            walk.observe(sites[1], "ihw")
 
 
 def test_no_batch_is_an_error() -> None:

@@ -31,7 +31,12 @@ def random_metric(width: int, rank: int, seed: int) -> NDArray[np.float64]:
     return inputs.T @ inputs
 
 
-CLOUDS = {"count": st.integers(1, 120), "width": st.integers(1, 6), "words": st.integers(1, 20), "seed": st.integers(0, 99)}
+CLOUDS = {
+    "count": st.integers(1, 120),
+    "width": st.integers(1, 6),
+    "words": st.integers(1, 20),
+    "seed": st.integers(0, 99),
+}
 
 
 @given(**CLOUDS)
@@ -122,9 +127,9 @@ def test_more_words_never_raise_the_error_much(seed: int) -> None:
 
 def lumps(seed: int) -> NDArray[np.float32]:
     """Four far lumps of ten points: k-means finds them from any seed, so that results can be compared."""
-    return np.concatenate([cloud(10, 2, seed + at) * 0.1 + 10 * np.array([[at % 2, at // 2]]) for at in range(4)]).astype(
-        np.float32
-    )
+    return np.concatenate(
+        [cloud(10, 2, seed + at) * 0.1 + 10 * np.array([[at % 2, at // 2]]) for at in range(4)]
+    ).astype(np.float32)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -196,6 +201,19 @@ def test_many_equal_points_leave_no_word_unused() -> None:
         points[:40, 0] = rng.normal(size=40)
         found = kmeans(points, 32, seed=seed)
         assert set(found.labels.tolist()) == set(range(32)), f"seed {seed}"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_points_that_nearly_coincide_pass_without_a_warning(seed: int) -> None:
+    """Distinct, but in fewer heaps than words: scikit-learn warns of that, and users should not read it."""
+    points = cloud(500, 4, seed)
+    points[:, :2] = np.round(points[:, :2])
+    points[:, 2:] *= 1e-6
+    metric = np.diag([1.0, 0.0, 0.0, 0.0])
+    heaps = len(np.unique(points[:, 0]))
+    found = kmeans_in_metric(points, 64, metric, seed=seed)
+    assert heaps < 64
+    assert objective(points, found, metric) < 1e-6 * objective(points, kmeans(points, 1), metric), f"seed {seed}"
 
 
 # ---------------------------------------------------------------- nearest

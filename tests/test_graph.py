@@ -37,55 +37,6 @@ def skipped(model: ModelProto, sites: tuple[str, ...] = ()) -> dict[str, str]:
     return {entry.name: entry.reason for entry in result.skipped}
 
 
-# Views
-
-
-@st.composite
-def views(draw: st.DrawFn) -> View:
-    sizes = draw(st.lists(st.integers(1, 4), min_size=3, max_size=5))
-    order = draw(st.sampled_from(ORDERS))
-    kind = draw(st.sampled_from(["conv", "transposed", "inputs first", "outputs first"]))
-    if kind == "conv":
-        return conv_view(tuple(sizes), order)
-    if kind == "transposed":
-        group = draw(st.integers(1, 3))
-        return conv_transpose_view((group * sizes[0], *sizes[1:]), group, order)
-    return matmul_view(tuple(sizes[:2] if kind == "outputs first" else sizes), outputs_first=kind == "outputs first")
-
-
-@given(views(), st.integers(0, 2**32 - 1))
-def test_a_view_and_back_is_the_same(view: View, seed: int) -> None:
-    tensor = np.random.default_rng(seed).standard_normal(view.shape, dtype=np.float32)
-    matrix = view.matrix(tensor)
-    assert matrix.shape == (view.rows, view.cols)
-    np.testing.assert_array_equal(view.tensor(matrix), tensor)
-
-
-@given(views())
-def test_a_view_is_a_reshape_a_transpose_and_a_reshape(view: View) -> None:
-    matrix = np.arange(view.rows * view.cols, dtype=np.float32).reshape(view.rows, view.cols)
-    steps = matrix.reshape(view.split).transpose(view.perm).reshape(view.shape)
-    np.testing.assert_array_equal(view.tensor(matrix), steps)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_row_holds_the_weights_of_one_output(order: Order) -> None:
-    conv = np.arange(2 * 3 * 2 * 2, dtype=np.float32).reshape(2, 3, 2, 2)
-    rows = conv_view(conv.shape, order).matrix(conv)
-    by_hand = conv[1] if order == "ihw" else conv[1].transpose(1, 2, 0)
-    np.testing.assert_array_equal(rows[1], by_hand.ravel())
-
-    transposed = np.arange(4 * 3 * 2 * 2, dtype=np.float32).reshape(4, 3, 2, 2)  # two groups of two inputs
-    rows = conv_transpose_view(transposed.shape, 2, order).matrix(transposed)
-    second = transposed[2:, 1]  # second group, second output: row 3 + 1
-    np.testing.assert_array_equal(rows[4], (second if order == "ihw" else second.transpose(1, 2, 0)).ravel())
-
-
-def test_an_unknown_order_is_refused() -> None:
-    with pytest.raises(OptionError, match="order 'whi' is unknown; choose one of ihw, hwi"):
-        conv_view((2, 3, 1), "whi")  # type: ignore[arg-type]
-
-
 # What is found
 
 

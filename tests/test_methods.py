@@ -65,7 +65,7 @@ def array_bytes(form: Form) -> bytes:
 
 def few_values() -> Layer:
     values = np.array([-1.5, 0, 0.25], np.float32)  # exact in float16
-    weight = np.tile(values, (60, 24))[:, :24 * 3]
+    weight = np.tile(values, (60, 24))[:, : 24 * 3]
     return Layer("three-values", "Gemm", weight)
 
 
@@ -87,7 +87,7 @@ LAYERS = [
 ]
 every_layer = pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer.name}-{layer.moments is not None}")
 
-# What is left alone at the default options, by method: a width that is more than a row, and too few vectors for a codebook.
+# What is left alone at the default options: a width that is more than a row, too few vectors, the first layer.
 LEFT_ALONE = {
     "kmeans": set(),
     "pq": {"gaussian-512x1-5", "gaussian-1x1-6"},
@@ -120,19 +120,22 @@ def test_the_form_has_the_shape_of_the_weight(kind: type[Method], layer: Layer) 
         assert snr(layer, form) > 2, where
 
 
+def encode(method: Method, layer: Layer) -> Form | str:
+    """The form, or the reason why there is none."""
+    try:
+        return method.encode(layer)
+    except LeftAlone as reason:
+        return str(reason)
+
+
 @every_method
 @every_layer
 def test_the_same_layer_gives_the_same_bytes(kind: type[Method], layer: Layer) -> None:
-    method = kind()
-    try:
-        first = method.encode(layer)
-    except LeftAlone as reason:
-        with pytest.raises(LeftAlone) as again:
-            method.encode(layer)
-        assert str(again.value) == str(reason)
-        return
-    second = kind().encode(replace(layer, weight=layer.weight.copy()))
-    assert array_bytes(first) == array_bytes(second), spell(method, layer)
+    first, second = encode(kind(), layer), encode(kind(), replace(layer, weight=layer.weight.copy()))
+    if isinstance(first, str) or isinstance(second, str):
+        assert first == second, spell(kind(), layer)
+    else:
+        assert array_bytes(first) == array_bytes(second), spell(kind(), layer)
 
 
 @every_method
@@ -178,7 +181,7 @@ def test_weights_beyond_float16_are_left_alone_or_kept_in_float32(kind: type[Met
     assert np.isfinite(kind(codebook="float32").encode(layer).decode()).all()
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 40),
     cols=st.integers(1, 40),
@@ -196,10 +199,9 @@ def test_any_shape_bits_and_width(
     options = {"bits": bits} | ({"width": width} if "width" in {field.name for field in fields(kind)} else {})
     method = kind(**options)
     where = spell(method, layer)
-    try:
-        form = method.encode(layer)
-    except LeftAlone as reason:
-        assert str(reason), where
+    form = encode(method, layer)
+    if isinstance(form, str):
+        assert form, where
         assert "width" in options, where  # scalar codes exist for every layer
         vectors = rows * -(-cols // width)
         assert cols < width or (kind is BGD and clamp_words(2**bits, vectors) < 2), where
@@ -438,7 +440,14 @@ def test_bgd_leaves_the_first_layer_alone_unless_told() -> None:
 
 @pytest.mark.parametrize(
     ("kernel", "cols", "small", "large"),
-    [((3, 3), 72, 9, 18), ((1, 1), 64, 4, 8), ((), 64, 4, 4), ((3,), 72, 3, 6), ((7, 7), 147, 49, 98), ((1,), 64, 4, 8)],
+    [
+        ((3, 3), 72, 9, 18),
+        ((1, 1), 64, 4, 8),
+        ((), 64, 4, 4),
+        ((3,), 72, 3, 6),
+        ((7, 7), 147, 49, 98),
+        ((1,), 64, 4, 8),
+    ],
 )
 def test_bgd_takes_the_blocks_of_the_paper(kernel: tuple[int, ...], cols: int, small: int, large: int) -> None:
     layer = gaussian(128, cols, 0, kernel)

@@ -26,7 +26,12 @@ def moments_of(rows: NDArray[np.floating], *cuts: int) -> Moments:
     return accumulator.result()
 
 
-SIZES = {"groups": st.integers(1, 3), "count": st.integers(1, 20), "cols": st.integers(1, 12), "seed": st.integers(0, 99)}
+SIZES = {
+    "groups": st.integers(1, 3),
+    "count": st.integers(1, 20),
+    "cols": st.integers(1, 12),
+    "seed": st.integers(0, 99),
+}
 
 
 @given(**SIZES, cuts=st.lists(st.integers(0, 20), max_size=3))
@@ -70,7 +75,7 @@ def test_energy_of_no_error_is_zero(groups: int, count: int, cols: int, seed: in
 
 def pooled(rows: NDArray[np.floating], width: int) -> NDArray[np.float64]:
     """METHODS 1.1: the mean over groups, column blocks and rows of ``x_j x_j^T``; columns beyond the last are zero."""
-    groups, count, cols = rows.shape
+    cols = rows.shape[2]
     blocks = -(-cols // width)
     padded = np.pad(rows.astype(np.float64), ((0, 0), (0, 0), (0, blocks * width - cols)))
     stacked = padded.reshape(-1, width)  # the matrix that the paper calls unrolled: one block of one row each

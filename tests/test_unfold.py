@@ -52,7 +52,16 @@ def test_matmul_is_rows_times_matrix(case: Single) -> None:
 
 @pytest.mark.parametrize(
     ("stack", "outer"),
-    [((2,), (2,)), ((2,), (1,)), ((1,), (2,)), ((2,), ()), ((2, 3), (3,)), ((3,), (2, 3)), ((1, 3), (2, 3)), ((2, 1), (2, 3))],
+    [
+        ((2,), (2,)),
+        ((2,), (1,)),
+        ((1,), (2,)),
+        ((2,), ()),
+        ((2, 3), (3,)),
+        ((3,), (2, 3)),
+        ((1, 3), (2, 3)),
+        ((2, 1), (2, 3)),
+    ],
 )
 def test_stacked_matmul_broadcasts_like_numpy(stack: tuple[int, ...], outer: tuple[int, ...]) -> None:
     check(Single("MatMul", (*stack, 4, 5), (*outer, 3, 4), seed=1), "ihw")

@@ -77,7 +77,9 @@ def test_splits_are_those_of_the_format_page() -> None:
         assert (view.split, view.perm) == (split, perm), f"{view}"
 
 
-@pytest.mark.parametrize("make", [lambda order: conv_view((2, 2, 3), order), lambda o: conv_transpose_view((2, 2, 3), 1, o)])
+@pytest.mark.parametrize(
+    "make", [lambda order: conv_view((2, 2, 3), order), lambda o: conv_transpose_view((2, 2, 3), 1, o)]
+)
 def test_unknown_order_is_named(make) -> None:
-    with pytest.raises(OptionError, match="'whi'.*ihw, hwi"):
+    with pytest.raises(OptionError, match=r"'whi'.*ihw, hwi"):
         make("whi")

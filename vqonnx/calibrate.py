@@ -29,7 +29,9 @@ from vqonnx.runtime import open_session, run
 from vqonnx.unfold import unfold
 from vqonnx.view import Order
 
-POSITIONS = 256
+# Rows that are looked at for each column of a layer's weight; second moments need some 30 to be trusted (QUALITY 4).
+_ROWS_PER_COLUMN = 32
+_LEAST_POSITIONS = 16
 _MEMORY_LIMIT = 2**29
 
 _log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ class Walk:
         folder: Where it lies, for external data.
         sites: Those that will be observed, in order of their layers.
         feeds: Calibration batches; read once.
-        positions: Output positions of each image that are looked at.
+        positions: Output positions of each image that are looked at; None takes as many as the layer's size wants.
         seed: Seed for the choice of positions.
 
     Raises:
@@ -58,7 +60,7 @@ class Walk:
         sites: Iterable[Site],
         feeds: Iterable[Mapping[str, Any]],
         *,
-        positions: int = POSITIONS,
+        positions: int | None = None,
         seed: int = 0,
     ) -> None:
         self._segments = _Segments(model, Path(folder))
@@ -66,15 +68,17 @@ class Walk:
         self._rng = np.random.default_rng(seed)
         self._frontier = _Spool()
         self._at = 0
+        self._images = 0
         with ExitStack() as undo:  # the folder goes away if the data cannot be read
             undo.enter_context(self._frontier)
             for feed in feeds:
                 self._frontier.append(dict(feed))
+                self._images += max((len(x) for x in feed.values() if isinstance(x, np.ndarray) and x.ndim), default=1)
             if not len(self._frontier):
                 raise DataError("the calibration data hold no batch; give at least one")
             undo.pop_all()
         nodes = [site.node for site in sites if self.can_observe(site)]
-        self._inputs = {self._segments.position(node): node.input[0] for node in nodes}  # of layers, by their position
+        self._inputs = {at: n.input[0] for n in nodes if (at := self._segments.position(n)) is not None}
         self._wanted = self._segments.needed_for(self._inputs.values())
 
     def can_observe(self, site: Site) -> bool:
@@ -87,6 +91,8 @@ class Walk:
         assert position is not None, site.name
         self._advance(position)
         name = site.node.input[0]
+        wanted = _ROWS_PER_COLUMN * site.view(order).cols
+        positions = self._positions or max(_LEAST_POSITIONS, -(-wanted // self._images))
         accumulator: MomentsAccumulator | None = None
         for batch in self._frontier:
             rows = unfold(
@@ -95,7 +101,7 @@ class Walk:
                 site.shape,
                 np.asarray(batch[name], np.float32),
                 order=order,
-                positions=self._positions,
+                positions=positions,
                 rng=self._rng,
             )
             if not np.isfinite(rows).all():
@@ -116,7 +122,7 @@ class Walk:
             return
         nodes = [node for node in self._segments.nodes[self._at : position] if id(node) in self._wanted]
         alive = self._segments.alive_at(position, self._wanted)
-        alive |= {name for at, name in self._inputs.items() if at is not None and at >= position}
+        alive |= {name for at, name in self._inputs.items() if at >= position}
         before, self._frontier = self._frontier, _Spool()
         with before:
             made = {name for node in nodes for name in node.output}
@@ -180,7 +186,7 @@ class _Segments:
         for node in reversed(self.nodes):
             if wanted & set(node.output):
                 needed.add(id(node))
-                wanted |= node_reads(node)
+                wanted |= node_reads(node) - {""}  # the name of what is left out
         return needed
 
     def alive_at(self, position: int, wanted: set[int]) -> set[str]:
@@ -189,7 +195,7 @@ class _Segments:
         for node in self.nodes[position:]:
             if id(node) in wanted:
                 read |= node_reads(node)
-        return read
+        return read - {""}
 
     def model(self, nodes: list[NodeProto], batch: Batch, outputs: list[str]) -> ModelProto:
         """A model that computes ``outputs`` from values of ``batch``."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 ITERATIONS = 60
@@ -47,7 +49,8 @@ def kmeans(
     if distinct is not None and inverse is not None:
         return Clusters(distinct, inverse)
     model = KMeans(words, n_init=1, max_iter=ITERATIONS, tol=1e-5, random_state=seed)
-    with threadpool_limits(limits=1):
+    with threadpool_limits(limits=1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # words that coincide are put elsewhere below
         model.fit(points, sample_weight=weights)
     return _without_empty(points, model.cluster_centers_.astype(np.float32), model.labels_.astype(np.int64), weights)
 

@@ -122,7 +122,7 @@ class Coded(Form):
 
     Attributes:
         codes: uint8 ``[stages, rows, groups]``, not packed.
-        codebooks: float16 or float32 ``[stages, books, words, width]``, at most 256 words.
+        codebooks: float16 or float32 ``[stages, books, words, width]``, at most 256 words; no -0.0 (made 0.0).
         cols: Columns of the matrix; ``groups == ceil(cols / width)``.
         scales: float16 or float32 ``[rows, 1]`` or ``[1, 1]``; None means 1.
     """
@@ -138,6 +138,8 @@ class Coded(Form):
                 f"codes are {self.codes.dtype}{list(self.codes.shape)}; they must be uint8 [stages, rows, groups]"
             )
         _check_floats("codebooks", self.codebooks, 4)
+        # Adding 0 makes 0.0 of -0.0: runtimes may start the sum over stages from 0.0, and then lose that sign.
+        object.__setattr__(self, "codebooks", self.codebooks + self.codebooks.dtype.type(0))
         stages, rows, groups = self.codes.shape
         if self.codebooks.shape[0] != stages:
             raise FormError(f"codes have {stages} stages, codebooks {self.codebooks.shape[0]}")

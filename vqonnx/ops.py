@@ -131,7 +131,7 @@ def _steps(opset: int, features: Features) -> list[str]:
         *_int64("zero", [0], opset),
         *_int64("one", [1], opset),
         "cols = Gather (layout, one)",
-        *_slice("split", "layout", 2, opset),
+        *_slice("split", "layout", 2, _END, opset),
         "sizes = Shape (codebooks)",
         *_int64("three", [3], opset),
         "width = Gather (sizes, three)",
@@ -228,13 +228,13 @@ def _int64(name: str, values: list[int], opset: int) -> list[str]:
     ]
 
 
-def _slice(name: str, source: str, start: int, opset: int) -> list[str]:
-    """All of a vector from ``start`` on."""
+def _slice(name: str, source: str, start: int, end: int, opset: int) -> list[str]:
+    """A vector from ``start`` to before ``end``."""
     if opset < 10:
-        return [f"{name} = Slice <starts = [{start}], ends = [{_END}], axes = [0]> ({source})"]
+        return [f"{name} = Slice <starts = [{start}], ends = [{end}], axes = [0]> ({source})"]
     return [
         *_int64(f"{name}_start", [start], opset),
-        *_int64(f"{name}_end", [_END], opset),
+        *_int64(f"{name}_end", [end], opset),
         f"{name} = Slice ({source}, {name}_start, {name}_end)",
     ]
 
@@ -249,13 +249,7 @@ def _range(name: str, count: str, opset: int) -> list[str]:
             f"{name}_step = Squeeze (one)",
             f"{name} = Range ({name}_start, {name}_stop, {name}_step)",
         ]
-    if opset >= 9:
-        return [
-            f"{name}_ones = ConstantOfShape <value = int64[1] {{1}}> ({count})",
-            f"{name}_where = NonZero ({name}_ones)",
-            f"{name} = Squeeze <axes = [0]> ({name}_where)",
-        ]
-    # No operator counts before opset 9. Write count = 256*q + r. Row 0 of 0..255 repeated and reshaped to [256, n] is
+    # No operator that onnxruntime folds counts before opset 11 (it does not fold NonZero). Write count = 256*q + r. Row 0 of 0..255 repeated and reshaped to [256, n] is
     # 0..n-1 (n <= 256); one number too many is made and dropped, because a size of zero cannot be reshaped to.
     page = f"{name}_page"
     lines = [
@@ -275,7 +269,7 @@ def _range(name: str, count: str, opset: int) -> list[str]:
             f"{part}_row = Gather <axis = 0> ({part}_grid, zero)",
             *_int64(f"{part}_flat", [-1], opset),
             f"{part}_line = Reshape ({part}_row, {part}_flat)",
-            f"{part} = Slice <starts = [0], ends = [-1], axes = [0]> ({part}_line)",
+            *_slice(part, f"{part}_line", 0, -1, opset),
         ]
     return [
         *lines,

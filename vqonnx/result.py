@@ -37,6 +37,7 @@ class Result:
         target: What it was written for.
         source: Path of the original.
         bytes_before: Bytes on disk of the original.
+        check_feeds: Inputs on which the written file is run: the first calibration batches, or generated ones.
     """
 
     model: ModelProto
@@ -45,7 +46,7 @@ class Result:
     target: Target
     source: Path
     bytes_before: int
-    _feeds: Sequence[Mapping[str, Any]] = field(repr=False)
+    check_feeds: Sequence[Mapping[str, Any]] = field(repr=False)
 
     def save(
         self,
@@ -103,7 +104,7 @@ class Result:
         self, original: Path, draft: Path, how: str, library: bool, rtol: float | None, atol: float | None
     ) -> Comparison:
         try:
-            comparison = compare(original, draft, self._feeds, library=library, rtol=rtol, atol=atol)
+            comparison = compare(original, draft, self.check_feeds, library=library, rtol=rtol, atol=atol)
         except VqonnxError as error:
             raise VerifyError(f"the compressed model failed {how}, so it was not written: {error}") from error
         if not comparison.passed:
@@ -114,7 +115,7 @@ class Result:
     def _apart(self, draft: Path) -> float | None:
         """SNR in dB of the model with the library against itself without, on the first batch."""
         plain, fused = open_session(draft), open_session(draft, library=True)
-        feed = dict(self._feeds[0])
+        feed = dict(self.check_feeds[0])
         signal = noise = 0.0
         for a, b in zip(plain.run(None, feed), fused.run(None, feed), strict=True):
             if isinstance(a, np.ndarray) and a.dtype.kind == "f":

@@ -58,7 +58,7 @@ class BGD(Method):
             found = kmeans(vectors, words, seed=layer.seed)
         else:
             found = kmeans_in_metric(vectors, words, layer.moments.pooled_gram(width), seed=layer.seed)
-        stored = store(found.words, self.codebook, layer.name)
+        stored = store(found.words, self.codebook)
         return Coded.one_stage(codes=found.labels.reshape(blocks.shape[:2]), codebook=stored, cols=cols)
 
     def _paper_width(self, layer: Layer) -> int:

@@ -12,15 +12,19 @@ from vqonnx.method import LeftAlone
 CodebookType = Literal["float16", "float32"]
 
 
-def store(words: NDArray[np.float32], kind: CodebookType, name: str) -> NDArray[Any]:
+def store(words: NDArray[np.float32], kind: CodebookType) -> NDArray[Any]:
     """The words in the type in which they are stored.
 
     Raises:
-        LeftAlone: A word is beyond the range of float16.
+        LeftAlone: The words are beyond the range of float16, at either end.
     """
-    limit = float(np.finfo(np.float16).max)
-    if kind == "float16" and float(np.abs(words).max(initial=0)) > limit:
-        raise LeftAlone(f"weights up to {np.abs(words).max():.3g} exceed float16 ({limit:.0f}); set codebook=float32")
+    largest, limits = float(np.abs(words).max(initial=0)), np.finfo(np.float16)
+    if kind == "float16" and largest > limits.max:
+        raise LeftAlone(f"weights up to {largest:.3g} exceed float16 ({limits.max:.0f}); set codebook=float32")
+    if kind == "float16" and 0 < largest < limits.smallest_normal:
+        raise LeftAlone(
+            f"weights of at most {largest:.3g} are lost in float16 ({limits.smallest_normal:.2g}); set codebook=float32"
+        )
     return words.astype(kind)
 
 

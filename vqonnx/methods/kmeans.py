@@ -29,5 +29,5 @@ class KMeans(Method):
 
     def encode(self, layer: Layer) -> Coded:
         found = kmeans(layer.weight.reshape(-1, 1), 2**self.bits, seed=layer.seed)
-        words = store(found.words, self.codebook, layer.name)
+        words = store(found.words, self.codebook)
         return Coded.one_stage(codes=found.labels.reshape(layer.weight.shape), codebook=words)

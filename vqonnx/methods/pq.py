@@ -45,11 +45,11 @@ class PQ(Method):
         blocks = blocks_of(layer.weight, self.width)  # [rows, groups, width]
         if self.books == "one":
             found = kmeans(blocks.reshape(-1, self.width), 2**self.bits, seed=layer.seed)
-            words = store(found.words, self.codebook, layer.name)
+            words = store(found.words, self.codebook)
             return Coded.one_stage(codes=found.labels.reshape(blocks.shape[:2]), codebook=words, cols=cols)
         groups = blocks.shape[1]
         each = [kmeans(blocks[:, group], 2**self.bits, seed=layer.seed + group) for group in range(groups)]
         size = max(len(found.words) for found in each)
         books = np.stack([np.pad(found.words, ((0, size - len(found.words)), (0, 0))) for found in each])
         codes = np.stack([found.labels for found in each], axis=1)
-        return Coded.one_stage(codes=codes, codebook=store(books, self.codebook, layer.name), cols=cols)
+        return Coded.one_stage(codes=codes, codebook=store(books, self.codebook), cols=cols)
