@@ -21,10 +21,11 @@ def main() -> None:
     calibration = cifar_feeds("train_0", 1024, batch=64)
     test, labels = cifar_feeds("test", 10_000), cifar_labels()
     methods = {
-        "bgd, ihw, width 9": vqonnx.BGD(width=9),
-        "bgd, hwi, width 8": vqonnx.BGD(width=8, order="hwi"),
+        "bgd, ihw, width 9, K below a quarter of the vectors": vqonnx.BGD(width=9),
+        "bgd, ihw, width 9, K = 256": vqonnx.BGD(width=9, clamp="vectors"),
+        "bgd, hwi, width 8, K = 256": vqonnx.BGD(width=8, order="hwi", clamp="vectors"),
         "bgd, ihw, width 4": vqonnx.BGD(width=4),
-        "pq, ihw, width 9": vqonnx.PQ(width=9),
+        "pq, ihw, width 9, K = 256": vqonnx.PQ(width=9),
         "kmeans, 4 bits": vqonnx.KMeans(bits=4),
         "kmeans, 3 bits": vqonnx.KMeans(bits=3),
     }

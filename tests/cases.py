@@ -6,6 +6,7 @@ rewrite must give the very same outputs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +29,25 @@ def numbers(shape: tuple[int, ...], seed: int = 0, dtype: Any = np.float32) -> A
 def parse(
     graph: str, *, opset: int = 17, ir: int = 8, functions: str = "", **arrays: Array | TensorProto
 ) -> ModelProto:
-    """A model from the text of its graph, with initializers from arrays."""
+    """A model from the text of its graph, where ``[name]`` may stand before a node, with initializers from arrays."""
     imports = f'"" : {opset}' + (', "local" : 1' if functions else "")
     header = f"<ir_version: {ir}, opset_import: [{imports}]>"
     body = f'<domain: "local", opset_import: ["" : {opset}]> {functions}' if functions else ""
-    model = onnx.parser.parse_model(f"{header} g {graph} {body}")
+    model = parse_named(f"{header} g {graph} {body}")
     store(model.graph, **arrays)
+    return model
+
+
+_NAMED = re.compile(r"(?<!\w)\[(\w+)\] (?=(\w+) = )")
+
+
+def parse_named(text: str) -> ModelProto:
+    """What `onnx.parser.parse_model` does, and names of nodes, which it reads only since onnx 1.18."""
+    model = onnx.parser.parse_model(_NAMED.sub("", text))
+    names = {output: name for name, output in _NAMED.findall(text)}
+    for graph in (model.graph, *subgraphs(model)):
+        for node in graph.node:
+            node.name = names.get(node.output[0], "")
     return model
 
 

@@ -335,9 +335,12 @@ def test_blocks_of_fills_the_tail_with_zeros() -> None:
 
 def test_store_keeps_what_fits() -> None:
     words = np.array([[65504.0, -1.0]], np.float32)
-    assert store(words, "float16", "w").tolist() == words.tolist()
+    assert store(words, "float16").tolist() == words.tolist()
     with pytest.raises(LeftAlone, match="float16"):
-        store(words * -2, "float16", "w")
+        store(words * -2, "float16")
+    with pytest.raises(LeftAlone, match=r"lost in float16.*codebook=float32"):
+        store(words * np.float32(1e-10), "float16")
+    assert not store(np.zeros((2, 3), np.float32), "float16").any()
 
 
 # ---------------------------------------------------------------- what each claims

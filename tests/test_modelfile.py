@@ -20,7 +20,17 @@ from vqonnx import modelfile
 from vqonnx.errors import InputError, ModelError
 from vqonnx.form import Coded
 from vqonnx.graph import find
-from vqonnx.modelfile import external_tensors, file_bytes, inlined, load, make_tensor, save, to_array, whole_or_nothing
+from vqonnx.modelfile import (
+    check_output,
+    external_tensors,
+    file_bytes,
+    inlined,
+    load,
+    make_tensor,
+    save,
+    to_array,
+    whole_or_nothing,
+)
 from vqonnx.place import Placement, place
 from vqonnx.runtime import open_session, run
 
@@ -127,6 +137,7 @@ def test_external_data_stay_where_they_are(tmp_path: Path) -> None:
     assert brought_in == numpy_helper.from_array(W, "w")
     assert inlined(brought_in, Path("nowhere")) is brought_in
     assert tensors["w"].data_location == TensorProto.EXTERNAL
+    assert not tensors["w"].HasField("raw_data")
 
 
 def test_missing_external_data_are_named(tmp_path: Path) -> None:
@@ -233,6 +244,12 @@ def test_the_name_is_given_at_the_end(tmp_path: Path, monkeypatch: pytest.Monkey
     np.testing.assert_array_equal(outputs(path), outputs(model()))
 
 
+def write_and_raise(draft: Path, error: type[BaseException]) -> None:
+    draft.write_bytes(b"model")
+    draft.with_name(draft.name + ".data").write_bytes(b"data")
+    raise error
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("existing", [False, True])
 def test_nothing_is_left_behind(error: type[BaseException], existing: bool, tmp_path: Path) -> None:
@@ -240,29 +257,39 @@ def test_nothing_is_left_behind(error: type[BaseException], existing: bool, tmp_
     if existing:
         path.write_bytes(b"the file before")
     with pytest.raises(error), whole_or_nothing(path) as draft:
-        save(model(), draft, tmp_path)
-        draft.with_name(draft.name + ".data").write_bytes(b"data")
-        raise error
+        write_and_raise(draft, error)
     assert os.listdir(tmp_path) == (["m.onnx"] if existing else [])
     assert not existing or path.read_bytes() == b"the file before"
 
 
-def test_places_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(path: Path) -> str:
-        with pytest.raises(InputError) as caught, whole_or_nothing(path):
-            pytest.fail("the block must not start")
-        return str(caught.value)
-
-    assert refused(tmp_path / "missing" / "m.onnx").endswith("missing' does not exist; make it first")
+def test_places_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "in.onnx"
+    source.write_bytes(b"model")
     (tmp_path / "folder").mkdir()
-    assert refused(tmp_path / "folder").endswith("folder: is a folder; give the name of a file")
-    monkeypatch.setattr(modelfile.tempfile, "TemporaryDirectory", no_space_for_a_folder)
-    assert "m.onnx: cannot be written (No space left on device)" in refused(tmp_path / "m.onnx")
-    assert os.listdir(tmp_path) == ["folder"]
+    for path, says in {
+        tmp_path / "missing" / "m.onnx": "does not exist; make it first",
+        tmp_path / "folder": "is a folder; give the name of a file",
+        tmp_path / "folder" / ".." / "in.onnx": "is the input itself, which is never changed",
+    }.items():
+        with pytest.raises(InputError, match=says):
+            check_output(path, source)
+    check_output(tmp_path / "m.onnx", source)
+    check_output(source, tmp_path / "m.onnx")  # an older output may be replaced
 
 
-def no_space_for_a_folder(**_: Any) -> None:
-    no_space()
+def test_a_folder_that_takes_no_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(InputError, match="cannot be written; choose another one"):
+        check_output(tmp_path / "m.onnx", tmp_path / "in.onnx")
+
+
+@pytest.mark.parametrize("folder", ["", "missing"])
+def test_without_a_hidden_folder_nothing_begins(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not folder:
+        monkeypatch.setattr(os, "mkdir", no_space)
+    with pytest.raises(InputError, match=r"m\.onnx: cannot be written"), whole_or_nothing(tmp_path / folder / "m.onnx"):
+        pytest.fail("the block must not begin")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("fails", ["m.onnx", "m.onnx.data"])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast, get_args
+from typing import Any, NoReturn, cast, get_args
 
 from vqonnx import modelfile, show
 from vqonnx.bench import bench
@@ -35,10 +35,10 @@ _FAILED, _UNUSABLE = 1, 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; gives the exit code."""
-    options = _parser().parse_args(arguments)
-    level = logging.WARNING - 10 * getattr(options, "verbose", 0) + 10 * getattr(options, "quiet", False)
-    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     try:
+        options = _parser().parse_args(arguments)
+        level = logging.WARNING - 10 * options.verbose + 10 * options.quiet
+        logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
         with _terminable():
             return int(options.run(options))
     except VerifyError as error:
@@ -167,7 +167,7 @@ def _report(options: argparse.Namespace) -> int:
     found = report(options.model)
     if options.json:
         _print_json(found.to_json())
-    else:
+    elif not options.quiet:
         show.layers(found.layers)
         show.skipped(found.skipped)
         show.sizes(found.bytes_before, found.bytes_after, Path(options.model))
@@ -192,7 +192,7 @@ def _bench(options: argparse.Namespace) -> int:
     )
     if options.json:
         _print_json(result.to_json())
-    else:
+    elif not options.quiet:
         show.bench(result)
     return 0
 
@@ -232,8 +232,15 @@ def _progress(options: argparse.Namespace) -> Iterator[Progress | None]:
 # The parser
 
 
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, like everything else."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"{message}; see '{self.prog} --help'")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vqonnx", description="Make ONNX models smaller by vector quantisation, and prove that they still agree."
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

@@ -27,7 +27,7 @@ from vqonnx.methods import BGD, PQ
 from vqonnx.moments import Moments, snr_db
 from vqonnx.ops import DOMAIN
 from vqonnx.place import Placement, Target, place
-from vqonnx.record import LayerRecord, write_record
+from vqonnx.record import KEY, LayerRecord, write_record
 from vqonnx.result import Result
 from vqonnx.runtime import open_session, read_inputs
 from vqonnx.view import View
@@ -37,6 +37,7 @@ _OVERHEAD = 150
 _ITEM_BYTES: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.DOUBLE: 8}
 # Batches of the calibration data on which the written model is run; enough to see that it works.
 _CHECKED_BATCHES = 8
+_SEEDS = 2**31  # each layer adds to the seed, and scikit-learn takes less than 2**32
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
@@ -87,8 +88,12 @@ def compress(
     Raises:
         ModelError: The model cannot be read, does not run, or has nothing to compress.
         DataError: The calibration data do not fit it.
-        OptionError: A pattern matches nothing, or a method needs calibration data and there are none.
+        OptionError: A seed, a batch or a pattern cannot be used, or a method needs calibration data and there are none.
     """
+    if not 0 <= seed < _SEEDS:
+        raise OptionError(f"seed is {seed}; choose 0 to {_SEEDS - 1}")
+    if batch < 1:
+        raise OptionError(f"batch is {batch}; choose 1 or more")
     path = Path(model)
     proto = modelfile.load(path)
     _refuse_compressed(proto, path)
@@ -135,7 +140,8 @@ class _Remembering:
 
 
 def _refuse_compressed(model: ModelProto, path: Path) -> None:
-    if any(entry.domain == DOMAIN for entry in model.opset_import):
+    portable = any(entry.key == KEY for entry in model.metadata_props)  # has the record, but not the domain
+    if portable or any(entry.domain == DOMAIN for entry in model.opset_import):
         raise ModelError(f"{path}: is already compressed by vqonnx; 'vqonnx expand' turns it back into a plain model")
 
 

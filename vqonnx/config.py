@@ -26,7 +26,7 @@ from typing import Any
 
 from vqonnx.compress import Override
 from vqonnx.errors import OptionError
-from vqonnx.methods import method_by_name
+from vqonnx.methods import METHODS, method_by_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -73,9 +73,9 @@ def read_config(path: str | Path) -> Config:
         options=_typed(path, content, "options", dict, {}),
         target=_typed(path, content, "target", str, None),
         seed=_typed(path, content, "seed", int, None),
-        include=tuple(_typed(path, content, "include", list, [])),
-        exclude=tuple(_typed(path, content, "exclude", list, [])),
-        op_types=tuple(_typed(path, content, "op_types", list, [])),
+        include=_texts(path, content, "include"),
+        exclude=_texts(path, content, "exclude"),
+        op_types=_texts(path, content, "op_types"),
         overrides=tuple(_override(path, number, layer) for number, layer in enumerate(layers, start=1)),
     )
 
@@ -87,9 +87,19 @@ def _override(path: Path, number: int, layer: Any) -> Override:
     unknown = sorted(set(layer) - set(_LAYER_KEYS))
     if unknown:
         raise OptionError(f"{where}: key '{unknown[0]}' is unknown; the keys are {', '.join(_LAYER_KEYS)}")
-    name = layer.get("method", "none")
-    options = layer.get("options", {})
-    return Override(layer["match"], None if name == "none" else method_by_name(str(name), options))
+    name = _typed(path, layer, "method", str, None)
+    options = _typed(path, layer, "options", dict, {})
+    if name is None:
+        raise OptionError(f"{where} needs a key 'method': one of {', '.join(kind.id for kind in METHODS)} or \"none\"")
+    return Override(layer["match"], None if name == "none" else method_by_name(name, options))
+
+
+def _texts(path: Path, content: dict[str, Any], key: str) -> tuple[str, ...]:
+    values = _typed(path, content, key, list, [])
+    odd = [value for value in values if not isinstance(value, str)]
+    if odd:
+        raise OptionError(f"{path}: {key} holds {odd[0]!r}; it should be a list of texts")
+    return tuple(values)
 
 
 def _typed(path: Path, content: dict[str, Any], key: str, kind: type, default: Any) -> Any:

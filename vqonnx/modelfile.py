@@ -52,22 +52,33 @@ def load(path: str | Path) -> ModelProto:
 
 
 def to_array(tensor: TensorProto, folder: Path) -> NDArray[Any]:
-    """The values of a tensor; ``folder`` is where the model lies, for external data.
+    """The values of a tensor, bfloat16 as float32; ``folder`` is where the model lies, for external data.
 
     Raises:
         ModelError: The external data are not there or too short.
     """
+    tensor = inlined(tensor, folder)  # onnx 1.17 leaves what it reads in the tensor that it is given
+    if tensor.data_type == TensorProto.BFLOAT16 and tensor.HasField("raw_data"):  # nor does it read these
+        upper = np.frombuffer(tensor.raw_data, "<u2").astype(np.uint32)
+        return (upper << 16).view(np.float32).reshape(tuple(tensor.dims))
     try:
-        return numpy_helper.to_array(tensor, str(folder))
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        raise ModelError(f"tensor '{tensor.name}': {error}; the file or its external data are damaged") from error
+        return numpy_helper.to_array(tensor)
+    except ValueError as error:
+        raise _damaged(tensor, error) from error
 
 
 def inlined(tensor: TensorProto, folder: Path) -> TensorProto:
-    """The tensor itself, or a copy with its external data brought in."""
+    """The tensor itself, or a copy with its external data brought in.
+
+    Raises:
+        ModelError: The external data are not there or too short.
+    """
     if tensor.data_location != TensorProto.EXTERNAL:
         return tensor
-    return numpy_helper.from_array(to_array(tensor, folder), tensor.name)
+    copy = TensorProto()
+    copy.CopyFrom(tensor)
+    _bring_in(copy, folder)
+    return copy
 
 
 def external_tensors(model: ModelProto) -> Iterator[TensorProto]:
@@ -84,6 +95,7 @@ def save(model: ModelProto, path: str | Path, folder: str | Path) -> None:
 
     Raises:
         InputError: The file cannot be written.
+        ModelError: External data are not there or too short.
     """
     path, folder = Path(path), Path(folder)
     total = model.ByteSize() + sum(_external_length(tensor, folder) for tensor in external_tensors(model))
@@ -92,8 +104,7 @@ def save(model: ModelProto, path: str | Path, folder: str | Path) -> None:
             _write_data_file(model, path.with_name(path.name + ".data"), folder)
         else:
             for tensor in external_tensors(model):
-                external_data_helper.load_external_data_for_tensor(tensor, str(folder))
-                _make_inline(tensor, tensor.raw_data)
+                _bring_in(tensor, folder)
         with path.open("wb") as file:
             file.write(model.SerializeToString())
             file.flush()
@@ -140,11 +151,14 @@ def whole_or_nothing(path: str | Path) -> Iterator[Path]:
         draft = Path(name) / path.name
         yield draft
         data = draft.with_name(draft.name + ".data")
+        final_data = path.with_name(data.name)
+        moves = [(data, final_data)] if data.exists() else []
         try:
-            if data.exists():
-                os.replace(data, path.with_name(data.name))
-            os.replace(draft, path)
+            for source, target in [*moves, (draft, path)]:
+                os.replace(source, target)
         except OSError as error:
+            if moves and not data.exists():
+                final_data.unlink()
             raise InputError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
 
 
@@ -190,20 +204,29 @@ def _external_length(tensor: TensorProto, folder: Path) -> int:
     return int(info.length or (folder / info.location).stat().st_size)
 
 
-def _make_inline(tensor: TensorProto, raw: bytes) -> None:
-    tensor.raw_data = raw
+def _bring_in(tensor: TensorProto, folder: Path) -> None:
+    """Read the external data of a tensor into it."""
+    length = int(external_data_helper.ExternalDataInfo(tensor).length or 0)  # 0: up to the end of the file
+    try:
+        external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise _damaged(tensor, error) from error
+    if length and len(tensor.raw_data) != length:
+        raise _damaged(tensor, f"{len(tensor.raw_data)} bytes of external data instead of {length}")
     del tensor.external_data[:]
-    tensor.data_location = TensorProto.DEFAULT
+    tensor.ClearField("data_location")
+
+
+def _damaged(tensor: TensorProto, what: object) -> ModelError:
+    return ModelError(f"tensor '{tensor.name}': {what}; the file or its external data are damaged")
 
 
 def _write_data_file(model: ModelProto, path: Path, folder: Path) -> None:
     with path.open("wb") as file:
         for tensor in _tensors(model):
             if tensor.data_location == TensorProto.EXTERNAL:
-                external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+                _bring_in(tensor, folder)
             if not tensor.HasField("raw_data") or len(tensor.raw_data) <= _INLINE_LIMIT:
-                if tensor.data_location == TensorProto.EXTERNAL:
-                    _make_inline(tensor, tensor.raw_data)
                 continue
             file.seek(-(-file.tell() // 4096) * 4096)  # page aligned, so that runtimes can map the file
             offset, length = file.tell(), len(tensor.raw_data)

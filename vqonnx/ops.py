@@ -214,7 +214,13 @@ def _steps(opset: int, features: Features) -> list[str]:
         lines.append("matrix = Slice (scaled, zero, cols, one)")
     else:
         lines += [*_range("column_index", "cols", opset), "matrix = Gather <axis = 1> (scaled, column_index)"]
-    lines += ["tensor = Reshape (matrix, split)", "weight = Transpose <perm: ints = @perm> (tensor)"]
+    lines += [
+        "tensor = Reshape (matrix, split)",
+        "turned = Transpose <perm: ints = @perm> (tensor)",
+        # onnxruntime 1.19 to 1.23 takes any Transpose in front of a Gemm for that of a matrix, whatever its perm.
+        "turned_sizes = Shape (turned)",
+        "weight = Reshape (turned, turned_sizes)",
+    ]
     return _without_identities(lines)
 
 
@@ -249,8 +255,9 @@ def _range(name: str, count: str, opset: int) -> list[str]:
             f"{name}_step = Squeeze (one)",
             f"{name} = Range ({name}_start, {name}_stop, {name}_step)",
         ]
-    # No operator that onnxruntime folds counts before opset 11 (it does not fold NonZero). Write count = 256*q + r. Row 0 of 0..255 repeated and reshaped to [256, n] is
-    # 0..n-1 (n <= 256); one number too many is made and dropped, because a size of zero cannot be reshaped to.
+    # Before opset 11 nothing counts that onnxruntime folds (it does not fold NonZero). Write count = 256*q + r. Row 0
+    # of 0..255 repeated and reshaped to [256, n] is 0..n-1 (n <= 256); one number too many is made and dropped, because
+    # a size of zero cannot be reshaped to.
     page = f"{name}_page"
     lines = [
         *_int64(f"{page}_size", [256], opset),

@@ -113,8 +113,11 @@ def _write(writer: Writer, placement: Placement, target: Target, opset: int) -> 
         value = _write_coded(writer, form, view.split, view.perm, last, target, opset)
     else:
         matrix = _write_matrix(writer, form, target, opset)
-        split = writer.node("Reshape", [matrix, writer.constant(np.array(view.split, np.int64))])
-        value = writer.node("Transpose", [split], last, perm=view.perm)
+        plain = view.perm == tuple(range(len(view.perm)))
+        sizes = writer.constant(np.array(view.split, np.int64))
+        value = writer.node("Reshape", [matrix, sizes], last if plain else None)
+        if not plain:
+            value = writer.node("Transpose", [value], last, perm=view.perm)
     for number, (op_type, inputs, attributes) in enumerate(steps, start=1):
         value = writer.node(op_type, [value, *inputs], site.name if number == len(steps) else None, **attributes)
 

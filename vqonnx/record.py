@@ -67,19 +67,35 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class Row:
+    """What the metadata say of one layer; the names mean the same as in `LayerRecord`.
+
+    Attributes:
+        name: Name of the weight; layers in different subgraphs may share one, and then follow in their order.
+        method: Index into the record's ``methods``.
+    """
+
+    name: str
+    method: int
+    op_type: str
+    weight_snr_db: float | None
+    output_snr_db: float | None
+
+
+@dataclass(frozen=True)
 class Record:
     """What the metadata of a compressed model say.
 
     Attributes:
         bytes_before: Bytes on disk of the original.
         methods: Distinct (id, options) in use.
-        layers: Weight name to (index into ``methods``, operator, weight SNR, output SNR).
+        layers: Compressed layers, in order.
         skipped: Layers that were left alone.
     """
 
     bytes_before: int
     methods: tuple[tuple[str, dict[str, Any]], ...]
-    layers: dict[str, tuple[int, str, float | None, float | None]]
+    layers: tuple[Row, ...]
     skipped: tuple[Skipped, ...]
 
 
@@ -88,18 +104,19 @@ def write_record(
 ) -> None:
     """Keep the record in the model's metadata, in few bytes."""
     methods: list[dict[str, Any]] = []
-    table = {}
+    rows = []
     for layer in layers:
         method = {"id": layer.method, **layer.options}
         if method not in methods:
             methods.append(method)
-        table[layer.name] = [methods.index(method), layer.op_type, layer.weight_snr_db, layer.output_snr_db]
+        number = methods.index(method)
+        rows.append([layer.name, number, layer.op_type, layer.weight_snr_db, layer.output_snr_db])
     content = {
         "version": RECORD_VERSION,
         "bytes_before": bytes_before,
         "methods": methods,
-        "layers": table,
-        "skipped": {entry.name: entry.reason for entry in skipped},
+        "layers": rows,
+        "skipped": [[entry.name, entry.reason] for entry in skipped],
     }
     erase_record(model)
     model.metadata_props.add(key=KEY, value=json.dumps(content, separators=(",", ":"), ensure_ascii=False))
@@ -114,11 +131,12 @@ def read_record(model: ModelProto) -> Record | None:
             content = json.loads(entry.value)
             if content["version"] != RECORD_VERSION:
                 return None
+            methods = tuple((method.pop("id"), method) for method in content["methods"])
             return Record(
                 int(content["bytes_before"]),
-                tuple((method.pop("id"), method) for method in content["methods"]),
-                {name: (int(row[0]), str(row[1]), row[2], row[3]) for name, row in content["layers"].items()},
-                tuple(Skipped(name, reason) for name, reason in content["skipped"].items()),
+                methods,
+                tuple(Row(name, range(len(methods))[number], *rest) for name, number, *rest in content["layers"]),
+                tuple(Skipped(*entry) for entry in content["skipped"]),
             )
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             return None

@@ -68,9 +68,9 @@ def report(path: str | Path) -> Report:
     for weight in weights:
         method, op_type, weight_snr, output_snr = "unknown", "", None, None
         options: dict[str, Any] = {}
-        if record is not None and weight.name in record.layers:
-            index, op_type, weight_snr, output_snr = record.layers[weight.name]
-            method, options = record.methods[index]
+        if record is not None and weight.row is not None:
+            method, options = record.methods[weight.row.method]
+            op_type, weight_snr, output_snr = weight.row.op_type, weight.row.weight_snr_db, weight.row.output_snr_db
         layers.append(
             LayerRecord(
                 name=weight.name,

@@ -12,7 +12,7 @@ import numpy as np
 from onnx import ModelProto
 
 from vqonnx import modelfile
-from vqonnx.errors import VerifyError, VqonnxError
+from vqonnx.errors import OptionError, VerifyError, VqonnxError
 from vqonnx.graph import Skipped
 from vqonnx.moments import snr_db
 from vqonnx.place import Target
@@ -66,6 +66,7 @@ class Result:
 
         Raises:
             InputError: The path is the original's, or cannot be written.
+            OptionError: ``rtol`` or ``atol`` is not finite.
             VerifyError: The written model does not load, does not run or differs too much. No file is left.
         """
         path = Path(path)
@@ -105,10 +106,12 @@ class Result:
     ) -> Comparison:
         try:
             comparison = compare(original, draft, self.check_feeds, library=library, rtol=rtol, atol=atol)
+        except OptionError:  # a bound that is not a number says nothing about the model
+            raise
         except VqonnxError as error:
             raise VerifyError(f"the compressed model failed {how}, so it was not written: {error}") from error
         if not comparison.passed:
-            failed = "; ".join(str(check) for check in comparison.checks if not check.passed)
+            failed = "; ".join(f"{c.name}: {c.value:g} (limit {c.limit:g})" for c in comparison.checks if not c.passed)
             raise VerifyError(f"the compressed model failed {how}, so it was not written: {failed}")
         return comparison
 

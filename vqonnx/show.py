@@ -23,12 +23,13 @@ _PLAIN_WIDTH = 140
 
 def _console() -> Console:
     """Made when used, so that it follows a redirected standard output."""
-    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False, soft_wrap=True)
+    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+    return Console(width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def line(text: str) -> None:
     """One line."""
-    _console().print(text, markup=False)
+    _console().print(text)
 
 
 def layers(records: Sequence[LayerRecord]) -> None:
@@ -124,7 +125,7 @@ def methods(kinds: Sequence[type[Method]]) -> None:
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """A bar on a terminal, plain lines elsewhere; both on standard error."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
 
         def plain(done: int, total: int, name: str) -> None:
@@ -133,7 +134,7 @@ def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
 
         yield plain
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=None)
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto
 
 from vqonnx.graph import Scope, attributes, constant_value, scopes
 from vqonnx.ops import DOMAIN
-from vqonnx.record import Record
+from vqonnx.record import Record, Row
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +22,7 @@ class StoredWeight:
         scope: The graph or function that makes it.
         nodes: The nodes that make it, in order; their other inputs are constants.
         constants: Names of those constants.
+        row: What the record says of it; None if nothing.
         folder: Where the model lies, for external data.
     """
 
@@ -29,6 +30,7 @@ class StoredWeight:
     scope: Scope
     nodes: tuple[NodeProto, ...]
     constants: tuple[str, ...]
+    row: Row | None
     folder: Path
 
     @property
@@ -48,10 +50,12 @@ class StoredWeight:
     def stored_bytes(self, counted: set[str]) -> int:
         """Bytes of codes, codebooks and scales, without constants in ``counted``, to which it adds its own."""
         total = 0
+        scales = {node.input[2] for node in self.nodes if node.op_type == "Decode"}
         for name in self.constants:
             values = constant_value(self.scope, name, self.folder)
             assert values is not None
-            if name in counted or values.dtype.kind == "i" or (values.size == 1 and values.item() == 1):
+            no_scales = name in scales and values.size == 1 and values.item() == 1
+            if name in counted or values.dtype.kind == "i" or no_scales:
                 continue  # sizes and positions, and the factor 1.0 where there are no scales
             counted.add(name)
             total += values.nbytes
@@ -65,21 +69,29 @@ class StoredWeight:
 
 def find_stored(model: ModelProto, folder: str | Path, record: Record | None) -> tuple[StoredWeight, ...]:
     """The stored weights in the order of the record, or of the nodes where there is none."""
-    names = {} if record is None else {name: place for place, name in enumerate(record.layers)}
-    found = []
+    rows = () if record is None else record.layers
+    places: dict[str, list[int]] = {}  # of equal names in several scopes the first row is the first scope's
+    for place, row in enumerate(rows):
+        places.setdefault(row.name, []).append(place)
+    found: list[tuple[int, StoredWeight]] = []
     for scope in scopes(model):
-        recorded = [name for name in names if name in scope.producers]
+        if isinstance(scope.proto, FunctionProto) and scope.proto.domain == DOMAIN:
+            continue  # the body of the op, whose names mean nothing here
+        recorded = [name for name, left in places.items() if left and name in scope.producers]
         made = {id(node) for name in recorded for node in _makers(scope, name)}
         others = [n.output[0] for n in scope.proto.node if n.domain == DOMAIN and id(n) not in made]
-        found += [_stored(scope, name, Path(folder)) for name in (*recorded, *others)]
-    return tuple(sorted(found, key=lambda weight: names.get(weight.name, len(names))))
+        for name in recorded:
+            place = places[name].pop(0)
+            found.append((place, _stored(scope, name, rows[place], Path(folder))))
+        found += [(len(rows), _stored(scope, name, None, Path(folder))) for name in others]
+    return tuple(weight for _, weight in sorted(found, key=lambda entry: entry[0]))
 
 
-def _stored(scope: Scope, name: str, folder: Path) -> StoredWeight:
+def _stored(scope: Scope, name: str, row: Row | None, folder: Path) -> StoredWeight:
     nodes = _makers(scope, name)
     made = {output for node in nodes for output in node.output}
     constants = dict.fromkeys(entry for node in nodes for entry in node.input if entry and entry not in made)
-    return StoredWeight(name, scope, tuple(nodes), tuple(constants), folder)
+    return StoredWeight(name, scope, tuple(nodes), tuple(constants), row, folder)
 
 
 def _makers(scope: Scope, name: str) -> list[NodeProto]:

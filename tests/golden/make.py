@@ -1,7 +1,7 @@
 """Write the golden files: stored bytes and the weight that they mean.
 
-Everything here follows docs/format.md with plain integers and single floats, and uses nothing of vqonnx. Run it only when
-a new version of the format adds a file; files that exist are never written again.
+Everything here follows docs/format.md with plain integers and single floats, and uses nothing of vqonnx. Run it only
+when a new version of the format adds a file; files that exist are never written again.
 """
 
 from __future__ import annotations

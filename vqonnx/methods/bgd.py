@@ -23,9 +23,11 @@ class BGD(Method):
     """Product quantisation in the metric of the layer's input.
 
     Attributes:
-        width: Weights per codeword; None takes the paper's block for the kind of layer (METHODS 1.3).
+        width: Weights per codeword; None takes the paper's block for the kind of layer (METHODS 1.3); 8 with ``hwi``.
         blocks: The paper's ``small`` blocks (3x3 kernels: 9, 1x1: 4) or ``large`` ones (18 and 8); Gemm and MatMul: 4.
-        bits: Bits per code; the codebook is also kept below a quarter of the number of vectors, as in the paper.
+        bits: Bits per code.
+        clamp: Keep the codebook below a ``quarter`` of the number of vectors, as the paper does, or only at the number
+            of ``vectors``.
         first: Compress the first layer of the model too; the paper leaves it alone.
         codebook: Type of the stored codebook.
     """
@@ -35,6 +37,7 @@ class BGD(Method):
     width: int | None = None
     blocks: Literal["small", "large"] = "small"
     bits: int = 8
+    clamp: Literal["quarter", "vectors"] = "quarter"
     first: bool = False
     codebook: CodebookType = "float16"
 
@@ -51,7 +54,7 @@ class BGD(Method):
             raise LeftAlone(f"width {width} is more than the {cols} columns of a row")
         blocks = blocks_of(layer.weight, width)
         vectors = blocks.reshape(-1, width)
-        words = clamp_words(2**self.bits, len(vectors))
+        words = 2**self.bits if self.clamp == "vectors" else clamp_words(2**self.bits, len(vectors))
         if words < 2:
             raise LeftAlone(f"{len(vectors)} vectors of width {width} are too few for a codebook")
         if layer.moments is None:  # in a subgraph or function, where inputs are not observed
@@ -65,6 +68,8 @@ class BGD(Method):
         taps = prod(layer.kernel)
         if not layer.kernel:
             return 4
+        if self.order == "hwi":  # a block is neighbouring channels of one tap; kernels like eight
+            return 8
         if taps == 1:
             return 4 if self.blocks == "small" else 8
         return taps if self.blocks == "small" else 2 * taps

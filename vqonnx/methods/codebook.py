@@ -18,12 +18,13 @@ def store(words: NDArray[np.float32], kind: CodebookType) -> NDArray[Any]:
     Raises:
         LeftAlone: The words are beyond the range of float16, at either end.
     """
-    largest, limits = float(np.abs(words).max(initial=0)), np.finfo(np.float16)
-    if kind == "float16" and largest > limits.max:
-        raise LeftAlone(f"weights up to {largest:.3g} exceed float16 ({limits.max:.0f}); set codebook=float32")
-    if kind == "float16" and 0 < largest < limits.smallest_normal:
+    largest = float(np.abs(words).max(initial=0))
+    high, low = float(np.finfo(np.float16).max), float(np.finfo(np.float16).smallest_normal)
+    if kind == "float16" and largest > high:
+        raise LeftAlone(f"weights up to {largest:.3g} exceed float16 ({high:.0f}); set codebook=float32")
+    if kind == "float16" and 0 < largest < low:
         raise LeftAlone(
-            f"weights of at most {largest:.3g} are lost in float16 ({limits.smallest_normal:.2g}); set codebook=float32"
+            f"weights of at most {largest:.3g} are lost in float16 ({low:.2g}); set codebook=float32"
         )
     return words.astype(kind)
 

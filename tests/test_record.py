@@ -1,0 +1,94 @@
+"""The record in a model's metadata: what is written is read, and nothing else is touched."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import ModelProto
+
+from vqonnx.graph import Skipped
+from vqonnx.record import KEY, LayerRecord, Record, Row, erase_record, read_record, write_record
+
+texts = st.text(max_size=12)
+decibels = st.none() | st.floats(-300, 300)
+layers = st.builds(
+    LayerRecord,
+    name=texts,
+    op_type=st.sampled_from(["Conv", "ConvTranspose", "Gemm", "MatMul"]),
+    shape=st.lists(st.integers(1, 9), min_size=2, max_size=4).map(tuple),
+    method=st.sampled_from(["kmeans", "pq"]),
+    options=st.dictionaries(texts.filter(lambda key: key != "id"), st.none() | st.integers() | texts, max_size=3),
+    bytes=st.integers(1, 10**9),
+    weight_snr_db=decibels,
+    output_snr_db=decibels,
+)
+
+
+@given(before=st.integers(0, 10**12), made=st.lists(layers), left=st.lists(st.builds(Skipped, texts, texts)))
+def test_what_is_written_is_read(before: int, made: list[LayerRecord], left: list[Skipped]) -> None:
+    model = ModelProto()
+    model.metadata_props.add(key="author", value="somebody")
+    write_record(model, 1, (), ())
+    write_record(model, before, tuple(made), tuple(left))
+    record = read_record(ModelProto.FromString(model.SerializeToString()))
+    assert record is not None
+    assert (record.bytes_before, record.skipped) == (before, tuple(left))
+    assert len(record.methods) == len({json.dumps(method, sort_keys=True) for method in record.methods})
+    for layer, row in zip(made, record.layers, strict=True):
+        assert row == Row(layer.name, row.method, layer.op_type, layer.weight_snr_db, layer.output_snr_db)
+        assert record.methods[row.method] == (layer.method, layer.options)
+    assert [(entry.key, entry.value) for entry in model.metadata_props if entry.key != KEY] == [("author", "somebody")]
+    erase_record(model)
+    assert read_record(model) is None
+    assert [entry.key for entry in model.metadata_props] == ["author"]
+
+
+GOOD = {
+    "version": 1,
+    "bytes_before": 5,
+    "methods": [{"id": "pq", "bits": 4}],
+    "layers": [["w", 0, "Gemm", 1.5, None]],
+    "skipped": [["v", "excluded"]],
+}
+
+
+def test_the_metadata_are_as_documented() -> None:
+    model = ModelProto()
+    model.metadata_props.add(key=KEY, value=json.dumps(GOOD))
+    row = Row("w", 0, "Gemm", 1.5, None)
+    assert read_record(model) == Record(5, (("pq", {"bits": 4}),), (row,), (Skipped("v", "excluded"),))
+    layer = LayerRecord("w", "Gemm", (2, 2), "pq", {"bits": 4}, 7, 1.5, None)
+    write_record(model, 5, (layer,), (Skipped("v", "excluded"),))
+    assert [json.loads(entry.value) for entry in model.metadata_props] == [GOOD]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "not JSON",
+        "[]",
+        "null",
+        json.dumps(GOOD | {"version": 2}),
+        json.dumps({key: value for key, value in GOOD.items() if key != "methods"}),
+        json.dumps(GOOD | {"layers": {"w": [0, "Gemm", None, None]}}),
+        json.dumps(GOOD | {"layers": [["w", 1, "Gemm", None, None]]}),
+        json.dumps(GOOD | {"layers": [["w", "0", "Gemm", None, None]]}),
+        json.dumps(GOOD | {"methods": [3]}),
+        json.dumps(GOOD | {"bytes_before": None}),
+        json.dumps(GOOD | {"skipped": [["v"]]}),
+    ],
+)
+def test_a_record_that_is_not_understood_is_none(value: str) -> None:
+    model = ModelProto()
+    model.metadata_props.add(key=KEY, value=value)
+    assert read_record(model) is None
+
+
+def test_bits_per_weight_count_every_stored_byte() -> None:
+    layer = LayerRecord("w", "Conv", (4, 3, 3, 3), "pq", {}, 54, None, None)
+    assert (layer.weights, layer.bits_per_weight) == (108, 4.0)
+    assert layer.to_json()["bits_per_weight"] == 4.0
