@@ -73,7 +73,7 @@ def mixed() -> ModelProto:
 
 
 def dense(depth: int, size: int, name: str = "w", variety: int | None = None) -> ModelProto:
-    """Gemm layers of ``size x size``; ``variety`` limits the distinct vectors of width 64, for fast encoding."""
+    """Gemm layers of ``size x size``; ``variety`` limits the distinct vectors of width 8."""
     steps = "".join(f"h{i + 1} = Gemm <transB = 1> (h{i}, {name}{i})\n" for i in range(depth))
     model = onnx.parser.parse_model(
         f"""<ir_version: 8, opset_import: ["": 17]>
@@ -86,8 +86,8 @@ def dense(depth: int, size: int, name: str = "w", variety: int | None = None) ->
 
 
 def _of_few_vectors(size: int, variety: int, seed: int) -> NDArray[np.float32]:
-    vectors = draw((variety, 64), seed) / 16
-    return vectors[np.random.default_rng(seed).integers(0, variety, (size, size // 64))].reshape(size, size)
+    vectors = draw((variety, 8), seed) / 16
+    return vectors[np.random.default_rng(seed).integers(0, variety, (size, size // 8))].reshape(size, size)
 
 
 def half() -> ModelProto:

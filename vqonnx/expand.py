@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from vqonnx import modelfile
-from vqonnx.errors import ModelError
+from vqonnx.errors import InputError, ModelError
 from vqonnx.graph import Scope
 from vqonnx.modelfile import make_tensor
 from vqonnx.ops import DOMAIN, decode_function
 from vqonnx.place import main_opset
 from vqonnx.record import erase_record, read_record
-from vqonnx.runtime import open_session
+from vqonnx.runtime import open_session, run
 from vqonnx.stored import StoredWeight, elem_type, find_stored
 
 
@@ -34,7 +34,8 @@ def expand(compressed: str | Path, plain: str | Path) -> int:
         raise ModelError(f"{compressed}: holds no weight that vqonnx compressed; there is nothing to expand")
     opset = main_opset(model)
     decoded = [_decode(weight, opset) for weight in weights]
-    for scope in {id(weight.scope): weight.scope for weight in weights}.values():
+    # Inner scopes first: rewriting a scope copies its nodes, and with them the subgraphs that they hold.
+    for scope in sorted({id(w.scope): w.scope for w in weights}.values(), key=lambda scope: -scope.depth):
         mine = [(w, tensor) for w, tensor in zip(weights, decoded, strict=True) if w.scope is scope]
         _put_back(scope, mine)
     _forget(model)
@@ -55,7 +56,10 @@ def _decode(weight: StoredWeight, opset: int) -> TensorProto:
     )
     imports = [helper.make_opsetid("", opset)] + ([helper.make_opsetid(DOMAIN, 1)] if functions else [])
     model = helper.make_model(graph, opset_imports=imports, ir_version=8, functions=functions)
-    values: NDArray[np.float32] = open_session(model.SerializeToString()).run(None, {})[0]
+    try:
+        values: NDArray[np.float32] = run(open_session(model.SerializeToString()), {})[nodes[-1].output[0]]
+    except InputError as error:
+        raise ModelError(f"weight '{weight.name}' cannot be decoded, the file is damaged: {error}") from error
     return make_tensor(values, kind, weight.name)
 
 

@@ -25,7 +25,7 @@ _STANDARD = ("", "ai.onnx")
 _FLOAT_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Scope:
     """One list of nodes with its own names: the main graph, a subgraph of an attribute, or a function.
 
@@ -55,7 +55,7 @@ class Scope:
         return scope
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Use:
     """Input ``index`` of ``node``, which lies in ``scope``."""
 
