@@ -146,21 +146,52 @@ def function() -> ModelProto:
     )
 
 
-SMALL = {"mixed": mixed, "half": half, "bfloat": bfloat, "branches": branches, "function": function}
+def nested_function() -> ModelProto:
+    """A weight in a branch of an If in the body of a function."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17, "local": 1]>
+        nested (float[N, 32] x, bool c) => (float[N, 32] y) { y = local.Choose (x, c) }
+        <domain: "local", opset_import: ["": 17]> Choose (x, c) => (y) {
+          y = If (c) <
+            then_branch = t () => (a) { a = MatMul (x, then_w) },
+            else_branch = e () => (b) { b = MatMul (x, else_w) }>
+        }"""
+    )
+    for seed, attribute in enumerate(model.functions[0].node[0].attribute):
+        name = attribute.g.node[0].input[1]
+        attribute.g.initializer.append(numpy_helper.from_array(draw((32, 32), 20 + seed), name))
+    return model
+
+
+SMALL = {
+    "mixed": mixed,
+    "half": half,
+    "bfloat": bfloat,
+    "branches": branches,
+    "function": function,
+    "nested": nested_function,
+}
 
 
 def small_feed(name: str, rows: int = 3) -> dict[str, NDArray[np.generic]]:
     """An input of one of the models in `SMALL`."""
-    shapes = {"mixed": (4, 8, 8), "half": (8, 4, 4), "bfloat": (40,), "branches": (32,), "function": (24,)}
+    shapes = {
+        "mixed": (4, 8, 8),
+        "half": (8, 4, 4),
+        "bfloat": (40,),
+        "branches": (32,),
+        "function": (24,),
+        "nested": (32,),
+    }
     x = np.random.default_rng(5).random((rows, *shapes[name]))
     feed: dict[str, NDArray[np.generic]] = {"x": x.astype(np.float16 if name == "half" else np.float32)}
-    return feed | {"c": np.array(True)} if name == "branches" else feed
+    return feed | {"c": np.array(True)} if name in ("branches", "nested") else feed
 
 
 def feeds_of(name: str) -> list[dict[str, NDArray[np.generic]]]:
     """Inputs that run every part of one of the models in `SMALL`."""
     feed = small_feed(name)
-    return [feed, feed | {"c": np.array(False)}] if name == "branches" else [feed]
+    return [feed, feed | {"c": np.array(False)}] if "c" in feed else [feed]
 
 
 def outputs(path: Path, feed: dict[str, NDArray[np.generic]], *, library: bool = False) -> list[NDArray[np.generic]]:

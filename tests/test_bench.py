@@ -45,7 +45,7 @@ def heavy() -> bytes:
 def test_bench_measures_all_three() -> None:
     result = bench(ONCE, ONCE, rounds=3, warmup=1)
     found = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert list(found) == ["latency_ms", "memory_mb", "ratio", "threads", "rounds", "versions", "machine"]
+    assert list(found) == ["latency_ms", "memory_mb", "peak_mb", "ratio", "threads", "rounds", "versions", "machine"]
     for figures in (found["latency_ms"], found["memory_mb"], found["ratio"]):
         assert list(figures) == WAYS
     assert all(value > 0 for value in found["latency_ms"].values())

@@ -18,7 +18,7 @@ from vqonnx.graph import find
 from vqonnx.method import Method
 from vqonnx.methods import PQ, KMeans
 from vqonnx.place import Target
-from vqonnx.record import KEY, erase_record
+from vqonnx.record import KEY, erase_record, read_record
 from vqonnx.stored import find_stored
 
 TARGETS: tuple[Target, ...] = ("hybrid", "portable", "custom")
@@ -165,17 +165,12 @@ def test_a_codebook_that_two_layers_share_stays_for_the_other(tmp_path: Path) ->
 
 def test_weights_keep_their_type(tmp_path: Path) -> None:
     for target in TARGETS:
-        path = compress(nets.half(), target, tmp_path)
-        (conv, proj) = find_stored(onnx.load(path), tmp_path, None if target != "portable" else _record(path))
+        path = compress(nets.half(), target, tmp_path, KMeans(bits=2))
+        model = onnx.load(path)
+        conv, proj = find_stored(model, tmp_path, read_record(model))
         assert (conv.shape, proj.shape) == ((64, 8, 1, 1), (4, 240))
         vqonnx.expand(path, tmp_path / "plain.onnx")
         assert {t.data_type for t in onnx.load(tmp_path / "plain.onnx").graph.initializer} == {TensorProto.FLOAT16}
-
-
-def _record(path: Path) -> Any:
-    from vqonnx.record import read_record
-
-    return read_record(onnx.load(path))
 
 
 def test_what_cannot_be_expanded(tmp_path: Path) -> None:

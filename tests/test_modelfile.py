@@ -387,3 +387,11 @@ def test_models_above_two_gigabytes(tmp_path: Path) -> None:
     indices = {"i": np.array([0, rows - 1])}
     (got,) = run(open_session(target), indices).values()
     np.testing.assert_array_equal(got, np.stack([np.zeros(4, np.float32), (last[0] + last[1]) @ weight]))
+
+
+def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="is a device or pipe"):
+        modelfile.check_output(pipe, tmp_path / "in.onnx")
+    assert pipe.is_fifo()

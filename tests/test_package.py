@@ -44,5 +44,6 @@ def test_a_method_is_one_file_and_one_line() -> None:
     for kind in vqonnx.METHODS:
         module = importlib.import_module(kind.__module__)
         assert kind.__module__.startswith("vqonnx.methods.")
-        assert module.__doc__ and kind.__doc__, kind.id
+        assert module.__doc__, kind.id
+        assert kind.__doc__, kind.id
         assert kind.__module__ == f"vqonnx.methods.{kind.id}"

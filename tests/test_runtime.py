@@ -407,3 +407,9 @@ def test_unpickling_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.array([{"a": 1}], dtype=object))
     with pytest.raises(DataError, match=r"x\.npz"):
         feeds_of(tmp_path / "x.npz", X)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 100_000])
+def test_absurd_numbers_of_threads_are_refused(threads: int) -> None:
+    with pytest.raises(OptionError, match=f"threads is {threads}; choose 1 to"):
+        open_session(b"", threads=threads)

@@ -83,6 +83,7 @@ class BenchResult:
         return {
             "latency_ms": asdict(self.latency_ms),
             "memory_mb": asdict(self.memory_mb),
+            "peak_mb": asdict(self.peak_mb),
             "ratio": asdict(self.ratio),
             "threads": self.threads,
             "rounds": self.rounds,

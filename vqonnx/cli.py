@@ -122,7 +122,8 @@ def _target(name: str) -> Target:
 def _method(options: argparse.Namespace, config: Config) -> Method | None:
     """The method that command line and configuration ask for; None leaves the choice to `compress`."""
     name = options.method or config.method
-    values: dict[str, Any] = dict(config.options)
+    same = options.method in (None, config.method)  # options of the file belong to its method
+    values: dict[str, Any] = dict(config.options) if same else {}
     for setting in options.set:
         key, sign, value = setting.partition("=")
         if not sign:
@@ -138,6 +139,7 @@ def _method(options: argparse.Namespace, config: Config) -> Method | None:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    _check_models(options)
     feeds = options.data or generate_feeds(options.original, shapes=_shapes(options.input_shapes), seed=0)
     labels = None if options.labels is None else read_labels(options.labels)
     comparison = compare(
@@ -182,6 +184,7 @@ def _expand(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    _check_models(options)
     result = bench(
         options.original,
         options.compressed,
@@ -198,8 +201,15 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _methods(options: argparse.Namespace) -> int:
-    show.methods(METHODS)
+    if not options.quiet:
+        show.methods(METHODS)
     return 0
+
+
+def _check_models(options: argparse.Namespace) -> None:
+    """Refuse files that are no models in our words, before onnxruntime does in its own."""
+    for path in (options.original, options.compressed):
+        modelfile.load(path)
 
 
 def _shapes(texts: Sequence[str]) -> dict[str, list[int]] | None:

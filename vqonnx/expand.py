@@ -35,7 +35,7 @@ def expand(compressed: str | Path, plain: str | Path) -> int:
     opset = main_opset(model)
     decoded = [_decode(weight, opset) for weight in weights]
     # Inner scopes first: rewriting a scope copies its nodes, and with them the subgraphs that they hold.
-    for scope in sorted({id(w.scope): w.scope for w in weights}.values(), key=lambda scope: -scope.depth):
+    for scope in sorted({id(w.scope): w.scope for w in weights}.values(), key=lambda scope: -_depth(scope)):
         mine = [(w, tensor) for w, tensor in zip(weights, decoded, strict=True) if w.scope is scope]
         _put_back(scope, mine)
     _forget(model)
@@ -79,6 +79,10 @@ def _constants(weight: StoredWeight) -> list[TensorProto]:
     return constants
 
 
+def _depth(scope: Scope) -> int:
+    return 0 if scope.parent is None else 1 + _depth(scope.parent)
+
+
 def _put_back(scope: Scope, weights: list[tuple[StoredWeight, TensorProto]]) -> None:
     proto = scope.proto
     dropped = {id(node) for weight, _ in weights for node in weight.nodes}
@@ -92,7 +96,6 @@ def _put_back(scope: Scope, weights: list[tuple[StoredWeight, TensorProto]]) -> 
     del proto.node[:]
     proto.node.extend(nodes)
     if isinstance(proto, FunctionProto):
-        _remove_domain(proto.opset_import)
         return
     for index in reversed(range(len(proto.initializer))):
         if proto.initializer[index].name in unused:
@@ -105,7 +108,8 @@ def _forget(model: ModelProto) -> None:
     for index in reversed(range(len(model.functions))):
         if model.functions[index].domain == DOMAIN:
             del model.functions[index]
-    _remove_domain(model.opset_import)
+    for entries in (model.opset_import, *(function.opset_import for function in model.functions)):
+        _remove_domain(entries)
     erase_record(model)
 
 

@@ -126,6 +126,8 @@ def check_output(path: str | Path, source: str | Path) -> None:
         raise InputError(f"{path}: is the input itself, which is never changed; choose another output path")
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is a device or pipe, which would be replaced; give the name of a file")
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder '{path.parent}' does not exist; make it first")
     if not os.access(path.parent, os.W_OK):

@@ -19,7 +19,7 @@ import onnxruntime
 from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
-from vqonnx.errors import DataError, ModelError, VqonnxError
+from vqonnx.errors import DataError, ModelError, OptionError, VqonnxError
 from vqonnx.modelfile import load
 from vqonnx.ops import DOMAIN
 
@@ -43,6 +43,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
         **{"FLOAT": "float32", "DOUBLE": "float64", "BOOL": "bool", "STRING": "object"},
     }.items()
 }
+_MOST_THREADS = 1024  # onnxruntime makes as many as it is told, and hangs the machine
 _WORDS_FOR_NONE = {"", "?", "None", "-1"}  # exporters' spellings of "unknown"; two of them need not be the same size
 
 
@@ -119,12 +120,15 @@ def open_session(
 
     Raises:
         ModelError: onnxruntime cannot load the model.
+        OptionError: ``threads`` is below 1 or absurdly large.
         VqonnxError: ``library`` is asked for and is missing.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Idle workers must not spin: they would take the processor from the next session, which is often run in turn.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        raise OptionError(f"threads is {threads}; choose 1 to {_MOST_THREADS}")
     if threads is not None:
         options.intra_op_num_threads = threads
     if not optimise:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -18,7 +20,7 @@ from vqonnx.method import Method
 from vqonnx.record import LayerRecord
 from vqonnx.verify import Comparison
 
-_PLAIN_WIDTH = 140
+_PLAIN_WIDTH = 10_000  # no line is broken where the output is read by programs
 
 
 def _console() -> Console:
@@ -71,6 +73,8 @@ def sizes(before: int | None, after: int, path: Path) -> None:
         line(f"\n{path}: {after:,} bytes")
     else:
         line(f"\n{path}: {before:,} -> {after:,} bytes, {before / after:.2f}x smaller")
+        if after >= before:
+            line("nothing was gained: the layers are too small for codebooks and a decoder; keep the original")
 
 
 def moved(comparison: Comparison, data: str) -> None:
@@ -118,8 +122,9 @@ def methods(kinds: Sequence[type[Method]]) -> None:
     """Each method with its options and their defaults."""
     for kind in kinds:
         line(f"{kind.id}: {_summary(kind)} (needs {kind.needs.value})")
+        hints = get_type_hints(kind)
         for option in fields(kind):
-            line(f"    {option.name} = {option.default}  ({option.type})")
+            line(f"    {option.name} = {_spell(option.default)}  ({_choices(hints[option.name])})")
 
 
 @contextmanager
@@ -147,6 +152,23 @@ def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
 def _way(record: LayerRecord) -> str:
     options = ", ".join(f"{name}={value}" for name, value in record.options.items())
     return f"{record.method}({options})"
+
+
+def _spell(value: Any) -> str:
+    """A value of an option as the command line takes it."""
+    if value is None:
+        return "auto"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _choices(hint: Any) -> str:
+    """What an option may be."""
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, get_args(hint)))
+    if NoneType in get_args(hint):
+        return " or ".join(["auto", *(_choices(choice) for choice in get_args(hint) if choice is not NoneType)])
+    words: dict[Any, str] = {int: "whole number", float: "number", bool: "true or false"}
+    return words.get(hint, "text")
 
 
 def _summary(kind: type[Method]) -> str:

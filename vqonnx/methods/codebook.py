@@ -23,9 +23,7 @@ def store(words: NDArray[np.float32], kind: CodebookType) -> NDArray[Any]:
     if kind == "float16" and largest > high:
         raise LeftAlone(f"weights up to {largest:.3g} exceed float16 ({high:.0f}); set codebook=float32")
     if kind == "float16" and 0 < largest < low:
-        raise LeftAlone(
-            f"weights of at most {largest:.3g} are lost in float16 ({low:.2g}); set codebook=float32"
-        )
+        raise LeftAlone(f"weights of at most {largest:.3g} are lost in float16 ({low:.2g}); set codebook=float32")
     return words.astype(kind)
 
 
