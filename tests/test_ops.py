@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +196,8 @@ def test_a_body_for_several_forms_reads_each(form: Coded, opset: int) -> None:
     """A model has one body; what another layer needs must not change this one."""
     writer = Writer(set())
     nodes, functions = [], []
-    choices = (False, True)
-    for other in (Features(packed, several, tail) for packed in choices for several in choices for tail in choices):
+    everything = itertools.product((False, True), repeat=len(fields(Features)))
+    for other in (Features(*flags) for flags in everything):
         write_decode(writer, form, form.shape, (0, 1), f"w{len(functions)}")
         (node,) = writer.take()
         node.domain = f"d{len(functions)}"
@@ -205,7 +207,7 @@ def test_a_body_for_several_forms_reads_each(form: Coded, opset: int) -> None:
     model = empty_model(opset, nodes, writer.constants, form.shape)
     model.functions.extend(functions)
     outputs = run(open_session(model.SerializeToString()), ONE)
-    assert len(outputs) == 8
+    assert len(outputs) == 2 ** len(fields(Features)) == 32
     assert_same_bits(outputs, form.decode(), Features.of(form))
 
 
@@ -247,7 +249,10 @@ def test_onnxruntime_folds_everything(shape: str, opset: int, tmp_path: Path) ->
 def test_steps_that_nothing_needs_are_left_out(opset: int) -> None:
     lengths = {shape: len(decode_function(opset, features_of(shape)).node) for shape in SHAPES}
     assert lengths["plain"] < min(lengths["packed"], lengths["several"], lengths["tail"])
-    assert max(lengths.values()) == lengths["all"] == len(decode_function(opset).node)
+    guard = Features(guarded=True)
+    assert max(lengths.values()) == lengths["all"]
+    assert len(decode_function(opset, features_of("all") | guard).node) == len(decode_function(opset).node)
+    assert lengths["all"] + 2 == len(decode_function(opset).node)
     assert not any(node.op_type == "Identity" for node in decode_function(opset).node)
 
 
@@ -256,13 +261,13 @@ def features_of(shape: str) -> Features:
 
 
 def test_features_say_what_a_form_needs() -> None:
-    flags = {shape: (f.packed, f.several, f.tail) for shape in SHAPES for f in [features_of(shape)]}
+    flags = {shape: (f.packed, f.several, f.tail, f.scaled) for shape in SHAPES for f in [features_of(shape)]}
     assert flags == {
-        "plain": (False, False, False),
-        "packed": (True, False, False),
-        "several": (False, True, False),
-        "tail": (False, False, True),
-        "all": (True, True, True),
+        "plain": (False, False, False, False),
+        "packed": (True, False, False, True),
+        "several": (False, True, False, False),
+        "tail": (False, False, True, False),
+        "all": (True, True, True, True),
     }
 
 

@@ -1,12 +1,13 @@
 """The op ``vqonnx.Decode``: its node, its body as an ONNX function, and the same steps as plain nodes.
 
 ``docs/format.md`` gives the meaning. A body is written for the opset of the model that it travels in (ORT_FACTS: a body
-at another opset does not load), and leaves out steps that no layer of that model needs.
+at another opset does not load), and leaves out steps that no layer of that model needs: each step that touches whole
+weights costs their size in memory once more while the model is loaded.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import onnx.parser
@@ -32,22 +33,31 @@ class Features:
         packed: Some codes have fewer than 8 bits.
         several: Some layers have several stages or several books.
         tail: Some layers have columns that the width does not divide.
+        scaled: Some layers have scales.
+        guarded: Some layers are Gemm or MatMul, which onnxruntime 1.19 to 1.23 fuses with any Transpose in front.
     """
 
     packed: bool = False
     several: bool = False
     tail: bool = False
+    scaled: bool = False
+    guarded: bool = False
 
     @classmethod
     def of(cls, form: Coded) -> Features:
         """What decoding this form takes."""
-        return cls(form.bits < 8, form.stages * form.books > 1, form.cols % form.width != 0)
+        return cls(
+            packed=form.bits < 8,
+            several=form.stages * form.books > 1,
+            tail=form.cols % form.width != 0,
+            scaled=form.scales is not None,
+        )
 
     def __or__(self, other: Features) -> Features:
-        return Features(self.packed or other.packed, self.several or other.several, self.tail or other.tail)
+        return Features(*(getattr(self, f.name) or getattr(other, f.name) for f in fields(Features)))
 
 
-ALL_FEATURES = Features(packed=True, several=True, tail=True)
+ALL_FEATURES = Features(packed=True, several=True, tail=True, scaled=True, guarded=True)
 
 
 def write_decode(writer: Writer, form: Coded, split: tuple[int, ...], perm: tuple[int, ...], output: str) -> str:
@@ -200,27 +210,34 @@ def _steps(opset: int, features: Features) -> list[str]:
         lines.append("total = ReduceSum <keepdims = 1> (blocks, zero)")
     else:
         lines.append("total = ReduceSum <axes = [0], keepdims = 1> (blocks)")
-    lines += [
-        "extent = Shape (codes)",
-        "rows = Gather (extent, one)",
-        "by_rows = Concat <axis = 0> (rows, rest_of)",
-        "plain = Reshape (total, by_rows)",
-        "factor = Cast <to = 1> (scales)",
-        "scaled = Mul (plain, factor)",
-    ]
+    if features.scaled or features.tail:
+        lines += [
+            "extent = Shape (codes)",
+            "rows = Gather (extent, one)",
+            "by_rows = Concat <axis = 0> (rows, rest_of)",
+            "plain = Reshape (total, by_rows)",
+        ]
+    else:
+        lines.append("plain = Identity (total)")
+    if features.scaled:
+        lines += ["factor = Cast <to = 1> (scales)", "scaled = Mul (plain, factor)"]
+    else:
+        lines.append("scaled = Identity (plain)")
     if not features.tail:
         lines.append("matrix = Identity (scaled)")
     elif opset >= 10:
         lines.append("matrix = Slice (scaled, zero, cols, one)")
     else:
         lines += [*_range("column_index", "cols", opset), "matrix = Gather <axis = 1> (scaled, column_index)"]
-    lines += [
-        "tensor = Reshape (matrix, split)",
-        "turned = Transpose <perm: ints = @perm> (tensor)",
-        # onnxruntime 1.19 to 1.23 takes any Transpose in front of a Gemm for that of a matrix, whatever its perm.
-        "turned_sizes = Shape (turned)",
-        "weight = Reshape (turned, turned_sizes)",
-    ]
+    lines.append("tensor = Reshape (matrix, split)")
+    if features.guarded:  # hide the Transpose: it would be taken for that of a matrix, whatever its perm
+        lines += [
+            "turned = Transpose <perm: ints = @perm> (tensor)",
+            "turned_sizes = Shape (turned)",
+            "weight = Reshape (turned, turned_sizes)",
+        ]
+    else:
+        lines.append("weight = Transpose <perm: ints = @perm> (tensor)")
     return _without_identities(lines)
 
 

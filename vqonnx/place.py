@@ -48,7 +48,7 @@ def place(model: ModelProto, placements: Sequence[Placement], target: Target) ->
             if isinstance(outermost, FunctionProto):
                 _import_domain(outermost.opset_import)
     if target == "hybrid":
-        features = ops.Features()
+        features = ops.Features(guarded=any(_feeds_matmul(placement) for placement in placements))
         for coded in (part for placement in placements for part in _coded(placement.form)):
             features |= ops.Features.of(coded)
         model.functions.append(ops.decode_function(opset, features))
@@ -142,6 +142,12 @@ def _write_coded(
     if target == "portable":
         return ops.write_standard(writer, form, split, perm, output, opset)
     return ops.write_decode(writer, form, split, perm, output)
+
+
+def _feeds_matmul(placement: Placement) -> bool:
+    """Whether a Decode node may stand in front of a Gemm or MatMul: the layer itself, or a product of factors."""
+    layers = {use.node.op_type for use in placement.site.uses}
+    return bool(layers & {"Gemm", "MatMul"}) or not isinstance(placement.form, Coded)
 
 
 def _coded(form: Form) -> Iterator[Coded]:
