@@ -30,17 +30,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for path in paths:
             out = Path(folder) / "small.onnx"
+            name = path.stem if path.parent.name == "models" else path.parent.name
             out.unlink(missing_ok=True)
             try:
                 result = vqonnx.compress(path, method)
                 saved = result.save(out)
             except vqonnx.VqonnxError as error:
-                print(f"| {path.stem} | refused: {error} | | | | | |".replace(str(path), path.name), flush=True)
+                print(f"| {name} | refused: {error} | | | | | |".replace(str(path), path.name), flush=True)
                 assert not out.exists()
                 continue
             with_library = vqonnx.compare(path, out, result.check_feeds, library=True)
             print(
-                f"| {path.stem} | {result.bytes_before:,} -> {saved.bytes:,} | {result.bytes_before / saved.bytes:.2f} "
+                f"| {name} | {result.bytes_before:,} -> {saved.bytes:,} | {result.bytes_before / saved.bytes:.2f} "
                 f"| {len(result.layers)} | {len(result.skipped)} | {_db(saved.comparison)} | {_db(with_library)} |",
                 flush=True,
             )

@@ -426,7 +426,7 @@ def test_a_model_cut_anywhere(share: float, refuse: Any, source: Path, out: Path
         (("--input-shapes", "x:1x4x8x9"), r"input shape \[1, 4, 8, 9\] does not fit input 'x', which is float32"),
         (("--include", "nothing*"), r"pattern 'nothing\*' matches none of the 5 layers \(conv_w"),
         (("--exclude", "nothing*"), r"pattern 'nothing\*' matches none"),
-        (("--exclude", "*"), r"no layer can be compressed \(depth_w: depthwise.*conv_w: excluded.*--allow-unchanged"),
+        (("--exclude", "*"), r"no layer can be compressed \(depth_w: depthwise.*conv_w.*: excluded.*--allow-unchanged"),
         (("--config", "missing.toml"), r"missing\.toml: cannot be read \(No such file or directory\); give"),
     ],
 )

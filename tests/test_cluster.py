@@ -246,7 +246,7 @@ def test_labels_are_nearest_in_the_metric(width: int, words: int, seed: int) -> 
     chosen = apart[np.arange(80), found.labels]
     where = f"width {width}, {words} words, seed {seed}"
     np.testing.assert_allclose(chosen, apart.min(axis=1), rtol=1e-3, atol=1e-4 * np.trace(metric), err_msg=where)
-    for word in range(len(found.words)):  # METHODS 1.2: with a regular metric the best word is the plain mean
+    for word in range(len(found.words)):  # Stock et al.: with a regular metric the best word is the plain mean
         mean = points[found.labels == word].mean(axis=0)
         np.testing.assert_allclose(found.words[word], mean, atol=0.05, err_msg=where)
 

@@ -307,7 +307,7 @@ def test_ids_are_different() -> None:
 @pytest.mark.parametrize(
     ("words", "vectors", "expected"),
     [
-        (256, 64 * 64 // 8, 64),  # METHODS 1.3: 64x64x1x1 with d=8
+        (256, 64 * 64 // 8, 64),  # the rule of the released code: 64x64x1x1 with d=8
         (256, 513, 128),  # strictly smaller than a quarter
         (256, 1024, 128),
         (256, 1025, 256),
@@ -403,7 +403,7 @@ def test_a_group_with_few_vectors_gets_a_padded_book() -> None:
 
 
 def metric_error(layer: Layer, form: Coded) -> float:
-    """METHODS 1.1: sum over the blocks of ``e^T G e``."""
+    """The metric of Stock et al.: sum over the blocks of ``e^T G e``."""
     assert layer.moments is not None
     error = blocks_of(layer.weight - form.decode(), form.width).reshape(-1, form.width).astype(np.float64)
     return float(np.einsum("ni,ij,nj->", error, layer.moments.pooled_gram(form.width), error))
@@ -461,7 +461,7 @@ def test_bgd_takes_the_blocks_of_the_paper(kernel: tuple[int, ...], cols: int, s
 
 def test_bgd_keeps_the_codebook_below_a_quarter_of_the_vectors() -> None:
     layer = gaussian(64, 64, 0, (1, 1))
-    assert BGD(blocks="large").encode(layer).words == 64  # METHODS 1.3, the released checkpoint
+    assert BGD(blocks="large").encode(layer).words == 64  # as in the released checkpoint
     with pytest.raises(LeftAlone, match="8 vectors of width 4 are too few"):
         BGD().encode(gaussian(1, 32, 0))
 

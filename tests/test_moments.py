@@ -1,4 +1,4 @@
-"""Second moments: batches add up, energy is the mean squared output, the pooled metric is the one of METHODS 1.1."""
+"""Second moments: batches add up, energy is the mean squared output, the pooled metric is that of Stock et al.."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_energy_of_no_error_is_zero(groups: int, count: int, cols: int, seed: in
 
 
 def pooled(rows: NDArray[np.floating], width: int) -> NDArray[np.float64]:
-    """METHODS 1.1: the mean over groups, column blocks and rows of ``x_j x_j^T``; columns beyond the last are zero."""
+    """The mean over groups, column blocks and rows of ``x_j x_j^T``; columns beyond the last are zero."""
     cols = rows.shape[2]
     blocks = -(-cols // width)
     padded = np.pad(rows.astype(np.float64), ((0, 0), (0, 0), (0, blocks * width - cols)))

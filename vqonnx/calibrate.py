@@ -29,7 +29,7 @@ from vqonnx.runtime import open_session, run
 from vqonnx.unfold import unfold
 from vqonnx.view import Order
 
-# Rows that are looked at for each column of a layer's weight; second moments need some 30 to be trusted (QUALITY 4).
+# Rows that are looked at for each column of a layer's weight; second moments need some 30 to be trusted.
 _ROWS_PER_COLUMN = 32
 _LEAST_POSITIONS = 16
 _MEMORY_LIMIT = 2**29

@@ -60,7 +60,7 @@ def kmeans_in_metric(
 ) -> Clusters:
     """K-means under the distance ``(v - c)^T G (v - c)``.
 
-    With ``G = L L^T`` this is ordinary k-means on ``L^T v``, mapped back by ``L^-T`` (METHODS 1.2; Stock et al. 2020).
+    With ``G = L L^T`` this is ordinary k-means on ``L^T v``, mapped back by ``L^-T`` (Stock et al. 2020).
     A small multiple of the identity keeps the factor regular where inputs are dead or dependent.
 
     Args:

@@ -110,15 +110,26 @@ def compress(
     feeds = None if calibration is None else _Remembering(read_feeds(calibration, inputs, batch=batch))
     placements, layers = _encode_all(proto, path, plan, skipped, feeds, seed, progress)
     if not placements and not allow_unchanged:
-        reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in skipped[:8]) or "it has no linear layer"
-        more = f"; and {len(skipped) - 8} more" if len(skipped) > 8 else ""
-        raise ModelError(f"{path}: no layer can be compressed ({reasons}{more}); --allow-unchanged copies it as it is")
+        why = _why(skipped) or "it has no linear layer"
+        raise ModelError(f"{path}: no layer can be compressed ({why}); --allow-unchanged copies it as it is")
     before = modelfile.file_bytes(path)
     if placements:
         place(proto, placements, target)
         write_record(proto, before, tuple(layers), tuple(skipped))
     check = generate_feeds(path, shapes=input_shapes, seed=seed) if feeds is None else feeds.first()
     return Result(proto, tuple(layers), tuple(skipped), target, path, before, check)
+
+
+def _why(skipped: Sequence[Skipped]) -> str:
+    """The reasons in one line, each with the layers that it holds for."""
+    by_reason: dict[str, list[str]] = {}
+    for entry in skipped:
+        by_reason.setdefault(entry.reason, []).append(entry.name)
+    texts = []
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        texts.append(f"{', '.join(names[:2])}{more}: {reason}")
+    return "; ".join(texts)
 
 
 class _Remembering:

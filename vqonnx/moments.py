@@ -48,7 +48,7 @@ class Moments:
     def pooled_gram(self, width: int) -> NDArray[np.float64]:
         """``[width, width]``: the mean over the column blocks of width ``width`` of their part of ``sum x x^T / rows``.
 
-        The metric of Stock et al. (METHODS 1.1). Columns that the width does not divide count as zero inputs.
+        The metric of Stock et al.. Columns that the width does not divide count as zero inputs.
         """
         gram, count = np.zeros((width, width)), 0
         for blocks in self.blocks:

@@ -1,6 +1,6 @@
 """Activation-weighted product quantisation: k-means that counts errors where the inputs are large.
 
-Stock et al. 2020, "And the bit goes down" (METHODS 1.1-1.3): minimise the layer's output error on real inputs, with one
+Stock et al. 2020, "And the bit goes down": minimise the layer's output error on real inputs, with one
 pooled second moment of the input blocks as metric. Here the full second moment of the calibration data replaces the
 row samples that the released code draws anew in every iteration; the problem is then ordinary k-means in the whitened
 space. A layer whose inputs were not observed (inside a subgraph or function) gets the plain distance.
@@ -23,7 +23,7 @@ class BGD(Method):
     """Product quantisation in the metric of the layer's input.
 
     Attributes:
-        width: Weights per codeword; None takes the paper's block for the kind of layer (METHODS 1.3); 8 with ``hwi``.
+        width: Weights per codeword; None takes the paper's block for the kind of layer; 8 with ``hwi``.
         blocks: The paper's ``small`` blocks (3x3 kernels: 9, 1x1: 4) or ``large`` ones (18 and 8); Gemm and MatMul: 4.
         bits: Bits per code.
         clamp: Keep the codebook below a ``quarter`` of the number of vectors, as the paper does, or only at the number

@@ -30,7 +30,7 @@ def store(words: NDArray[np.float32], kind: CodebookType) -> NDArray[Any]:
 def clamp_words(words: int, vectors: int) -> int:
     """Fewer words than a quarter of the vectors: the largest power of two strictly smaller than ``vectors / 4``.
 
-    The rule of the released code of Stock et al. 2020 (METHODS 1.3); at least 1.
+    The rule of the released code of Stock et al. 2020; at least 1.
 
     >>> clamp_words(256, 512), clamp_words(256, 100_000), clamp_words(256, 3)
     (64, 256, 1)

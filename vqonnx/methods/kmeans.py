@@ -1,4 +1,4 @@
-"""Scalar k-means: every weight is one of ``2**bits`` values (Gong et al. 2014, arXiv 1412.6115; METHODS 3.1)."""
+"""Scalar k-means: every weight is one of ``2**bits`` values (Gong et al. 2014, arXiv 1412.6115)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Product quantisation: cut each row into short vectors and keep only the nearest codeword's number.
 
-Gong et al. 2014 (arXiv 1412.6115; METHODS 3.1) gives each column group its own codebook; one codebook for all groups
+Gong et al. 2014 (arXiv 1412.6115) gives each column group its own codebook; one codebook for all groups
 is the variant of Stock et al. 2020, without their weighting.
 """
 
