@@ -1,7 +1,7 @@
 """The op ``vqonnx.Decode``: its node, its body as an ONNX function, and the same steps as plain nodes.
 
-``docs/format.md`` gives the meaning. A body is written for the opset of the model that it travels in (onnxruntime refuses one
-at another opset), and leaves out steps that no layer of that model needs: each step that touches whole
+``docs/format.md`` gives the meaning. A body is written for the opset of the model that it travels in (onnxruntime
+refuses one at another opset), and leaves out steps that no layer of that model needs: each step that touches whole
 weights costs their size in memory once more while the model is loaded.
 """
 
