@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vqonnx.errors import DataError, ModelError, OptionError, VerifyError
-from vqonnx.verify import Comparison, compare, junit, read_labels
+from vqonnx.labels import read_labels
+from vqonnx.verify import Comparison, compare, junit
 
 KEYS = ["snr_db", "max_abs", "cosine", "top1_agreement", "top1", "passed", "identical", "outputs", "checks"]
 

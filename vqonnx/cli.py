@@ -24,11 +24,12 @@ from vqonnx.errors import OptionError, VerifyError, VqonnxError
 from vqonnx.expand import expand
 from vqonnx.generate import generate_feeds
 from vqonnx.graph import LINEAR
+from vqonnx.labels import read_labels
 from vqonnx.method import Method
 from vqonnx.methods import METHODS, method_by_name
 from vqonnx.place import Target
 from vqonnx.report import report, sizes_json
-from vqonnx.verify import compare, junit, read_labels
+from vqonnx.verify import compare, junit
 
 _FAILED, _UNUSABLE = 1, 2
 
