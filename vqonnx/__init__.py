@@ -3,7 +3,7 @@
 from vqonnx.compress import Override, compress
 from vqonnx.errors import DataError, FormError, InputError, ModelError, OptionError, VerifyError, VqonnxError
 from vqonnx.expand import expand
-from vqonnx.methods import BGD, METHODS, PQ, KMeans
+from vqonnx.methods import BGD, DQC, METHODS, PQ, SVD, Binary, KMeans, Residual
 from vqonnx.report import Report, report
 from vqonnx.result import Result, Saved
 from vqonnx.runtime import get_library_path
@@ -11,8 +11,11 @@ from vqonnx.verify import Comparison, compare
 
 __all__ = [
     "BGD",
+    "DQC",
     "METHODS",
     "PQ",
+    "SVD",
+    "Binary",
     "Comparison",
     "DataError",
     "FormError",
@@ -22,6 +25,7 @@ __all__ = [
     "OptionError",
     "Override",
     "Report",
+    "Residual",
     "Result",
     "Saved",
     "VerifyError",

@@ -41,18 +41,19 @@ def place(model: ModelProto, placements: Sequence[Placement], target: Target) ->
     # Inner scopes first: rewriting a scope copies its nodes, and with them the subgraphs that they hold.
     for group in sorted(by_scope.values(), key=lambda group: -len(_lineage(group[0].site.scope))):
         _rewrite(group[0].site.scope, group, taken, target, opset)
-    if target != "portable":
+    coded = [placement for placement in placements if any(_coded(placement.form))]  # the others are standard operators
+    if target != "portable" and coded:
         _import_domain(model.opset_import)
-        for placement in placements:
+        for placement in coded:
             outermost = _lineage(placement.site.scope)[-1].proto
             if isinstance(outermost, FunctionProto):
                 _import_domain(outermost.opset_import)
-    if target == "hybrid":
-        features = ops.Features(guarded=any(_feeds_matmul(placement) for placement in placements))
-        for coded in (part for placement in placements for part in _coded(placement.form)):
-            features |= ops.Features.of(coded)
+    if target == "hybrid" and coded:
+        features = ops.Features(guarded=any(_feeds_matmul(placement) for placement in coded))
+        for part in (part for placement in coded for part in _coded(placement.form)):
+            features |= ops.Features.of(part)
         model.functions.append(ops.decode_function(opset, features))
-    _raise_ir_version(model, ops.FUNCTION_IR_VERSION if target == "hybrid" else 4)
+    _raise_ir_version(model, ops.FUNCTION_IR_VERSION if target == "hybrid" and coded else 4)
 
 
 def main_opset(model: ModelProto) -> int:

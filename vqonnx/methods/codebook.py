@@ -12,8 +12,8 @@ from vqonnx.method import LeftAlone
 CodebookType = Literal["float16", "float32"]
 
 
-def store(words: NDArray[np.float32], kind: CodebookType) -> NDArray[Any]:
-    """The words in the type in which they are stored.
+def store(words: NDArray[np.floating], kind: CodebookType, *, option: str = "codebook") -> NDArray[Any]:
+    """The words in the type in which they are stored; ``option`` is the name of the option that chooses it.
 
     Raises:
         LeftAlone: The words are beyond the range of float16, at either end.
@@ -21,9 +21,9 @@ def store(words: NDArray[np.float32], kind: CodebookType) -> NDArray[Any]:
     largest = float(np.abs(words).max(initial=0))
     high, low = float(np.finfo(np.float16).max), float(np.finfo(np.float16).smallest_normal)
     if kind == "float16" and largest > high:
-        raise LeftAlone(f"weights up to {largest:.3g} exceed float16 ({high:.0f}); set codebook=float32")
+        raise LeftAlone(f"weights up to {largest:.3g} exceed float16 ({high:.0f}); set {option}=float32")
     if kind == "float16" and 0 < largest < low:
-        raise LeftAlone(f"weights of at most {largest:.3g} are lost in float16 ({low:.2g}); set codebook=float32")
+        raise LeftAlone(f"weights of at most {largest:.3g} are lost in float16 ({low:.2g}); set {option}=float32")
     return words.astype(kind)
 
 
