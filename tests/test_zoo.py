@@ -88,8 +88,9 @@ def test_model(name: str, data_dir: Path, tmp_path: Path) -> None:
         if value.dtype.kind == "f":
             close = 3e-2 if value.dtype == np.float16 else 1e-3
             scale = float(np.abs(value.astype(np.float64)).max(initial=0))
+            atol = close * scale + 2**-22  # a sigmoid near 0 is only as exact as float32 is near 1
             np.testing.assert_allclose(
-                library[key].astype(np.float64), value.astype(np.float64), rtol=close, atol=close * scale, err_msg=key
+                library[key].astype(np.float64), value.astype(np.float64), rtol=close, atol=atol, err_msg=key
             )
 
 
