@@ -7,7 +7,6 @@ over the calibration data, and memory does not grow with their number.
 
 from __future__ import annotations
 
-import logging
 import pickle
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,7 +33,6 @@ _ROWS_PER_COLUMN = 32
 _LEAST_POSITIONS = 16
 _MEMORY_LIMIT = 2**29
 
-_log = logging.getLogger(__name__)
 Batch = dict[str, Any]
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import FunctionProto, ModelProto, TensorProto, ValueInfoProto, helper
 
 from vqonnx import modelfile
 from vqonnx.errors import InputError, ModelError
 from vqonnx.graph import Scope
-from vqonnx.modelfile import make_tensor
+from vqonnx.modelfile import make_tensor, remove_entries, set_nodes
 from vqonnx.ops import DOMAIN, decode_function
 from vqonnx.place import main_opset
 from vqonnx.record import erase_record, read_record
@@ -35,7 +35,7 @@ def expand(compressed: str | Path, plain: str | Path) -> int:
     opset = main_opset(model)
     decoded = [_decode(weight, opset) for weight in weights]
     # Inner scopes first: rewriting a scope copies its nodes, and with them the subgraphs that they hold.
-    for scope in sorted({id(w.scope): w.scope for w in weights}.values(), key=lambda scope: -_depth(scope)):
+    for scope in sorted({id(w.scope): w.scope for w in weights}.values(), key=lambda scope: -len(scope.lineage)):
         mine = [(w, tensor) for w, tensor in zip(weights, decoded, strict=True) if w.scope is scope]
         _put_back(scope, mine)
     _forget(model)
@@ -79,10 +79,6 @@ def _constants(weight: StoredWeight) -> list[TensorProto]:
     return constants
 
 
-def _depth(scope: Scope) -> int:
-    return 0 if scope.parent is None else 1 + _depth(scope.parent)
-
-
 def _put_back(scope: Scope, weights: list[tuple[StoredWeight, TensorProto]]) -> None:
     proto = scope.proto
     dropped = {id(node) for weight, _ in weights for node in weight.nodes}
@@ -92,35 +88,16 @@ def _put_back(scope: Scope, weights: list[tuple[StoredWeight, TensorProto]]) -> 
     nodes = []
     if isinstance(proto, FunctionProto):
         nodes = [helper.make_node("Constant", [], [weight.name], value=tensor) for weight, tensor in weights]
-    nodes += [_copy(node) for node in proto.node if id(node) not in dropped]
-    del proto.node[:]
-    proto.node.extend(nodes)
+    set_nodes(proto, [*nodes, *(node for node in proto.node if id(node) not in dropped)])
     if isinstance(proto, FunctionProto):
         return
-    for index in reversed(range(len(proto.initializer))):
-        if proto.initializer[index].name in unused:
-            del proto.initializer[index]
+    remove_entries(proto.initializer, lambda tensor: tensor.name in unused)
     proto.initializer.extend(tensor for _, tensor in weights)
 
 
 def _forget(model: ModelProto) -> None:
     """Remove the function, the domain and the record."""
-    for index in reversed(range(len(model.functions))):
-        if model.functions[index].domain == DOMAIN:
-            del model.functions[index]
+    remove_entries(model.functions, lambda function: function.domain == DOMAIN)
     for entries in (model.opset_import, *(function.opset_import for function in model.functions)):
-        _remove_domain(entries)
+        remove_entries(entries, lambda entry: entry.domain == DOMAIN)
     erase_record(model)
-
-
-def _remove_domain(entries: object) -> None:
-    assert hasattr(entries, "__len__")
-    for index in reversed(range(len(entries))):
-        if entries[index].domain == DOMAIN:  # type: ignore[index]
-            del entries[index]  # type: ignore[attr-defined]
-
-
-def _copy(node: NodeProto) -> NodeProto:
-    copy = NodeProto()
-    copy.CopyFrom(node)
-    return copy

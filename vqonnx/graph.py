@@ -47,6 +47,11 @@ class Scope:
     uses: dict[str, list[Use]] = field(default_factory=dict)
     outputs: set[str] = field(default_factory=set)
 
+    @property
+    def lineage(self) -> list[Scope]:
+        """The scope and those around it, the outermost last."""
+        return [self] if self.parent is None else [self, *self.parent.lineage]
+
     def home(self, name: str) -> Scope | None:
         """The scope that makes ``name``: this one or one around it; None for a graph input that has no default."""
         scope: Scope | None = self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,16 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, external_data_helper, helper, numpy_helper
+from onnx import (
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    external_data_helper,
+    helper,
+    numpy_helper,
+)
 
 from vqonnx.errors import InputError, ModelError
 
@@ -248,3 +257,21 @@ def make_tensor(values: NDArray[np.float32], elem_type: int, name: str) -> Tenso
     tensor = TensorProto(name=name, data_type=elem_type, dims=values.shape)
     tensor.raw_data = rounded.astype("<u2").tobytes()
     return tensor
+
+
+def set_nodes(proto: GraphProto | FunctionProto, nodes: Iterable[NodeProto]) -> None:
+    """Make ``nodes``, some of which may be those of ``proto`` already, its nodes."""
+    kept = []
+    for node in nodes:  # copied first, as emptying the list may take the originals with it
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        kept.append(copy)
+    del proto.node[:]
+    proto.node.extend(kept)
+
+
+def remove_entries(entries: Any, unwanted: Callable[[Any], bool]) -> None:
+    """Remove from a repeated field of a message, in place: the others are not copied."""
+    for index in reversed(range(len(entries))):
+        if unwanted(entries[index]):
+            del entries[index]

@@ -12,6 +12,7 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, 
 from vqonnx import ops
 from vqonnx.form import Blocks, Coded, Dense, Form, Product
 from vqonnx.graph import Scope, Site, scopes
+from vqonnx.modelfile import remove_entries, set_nodes
 from vqonnx.view import View
 from vqonnx.writer import Writer
 
@@ -39,13 +40,13 @@ def place(model: ModelProto, placements: Sequence[Placement], target: Target) ->
     for placement in placements:
         by_scope.setdefault(id(placement.site.scope), []).append(placement)
     # Inner scopes first: rewriting a scope copies its nodes, and with them the subgraphs that they hold.
-    for group in sorted(by_scope.values(), key=lambda group: -len(_lineage(group[0].site.scope))):
+    for group in sorted(by_scope.values(), key=lambda group: -len(group[0].site.scope.lineage)):
         _rewrite(group[0].site.scope, group, taken, target, opset)
     coded = [placement for placement in placements if any(_coded(placement.form))]  # the others are standard operators
     if target != "portable" and coded:
         _import_domain(model.opset_import)
         for placement in coded:
-            outermost = _lineage(placement.site.scope)[-1].proto
+            outermost = placement.site.scope.lineage[-1].proto
             if isinstance(outermost, FunctionProto):
                 _import_domain(outermost.opset_import)
     if target == "hybrid" and coded:
@@ -59,11 +60,6 @@ def place(model: ModelProto, placements: Sequence[Placement], target: Target) ->
 def main_opset(model: ModelProto) -> int:
     """Version of the standard operators that the model is written for."""
     return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-
-
-def _lineage(scope: Scope) -> list[Scope]:
-    """The scope and those around it, the outermost last."""
-    return [scope] if scope.parent is None else [scope, *_lineage(scope.parent)]
 
 
 def _rewrite(scope: Scope, placements: list[Placement], taken: set[str], target: Target, opset: int) -> None:
@@ -90,14 +86,12 @@ def _rewrite(scope: Scope, placements: list[Placement], taken: set[str], target:
         nodes += inserts.get(position, [])
         if id(node) not in dropped:
             nodes.append(node)
-    kept = [_copy(node) for node in nodes]
-    del proto.node[:]
-    proto.node.extend(kept)
+    set_nodes(proto, nodes)
     if isinstance(proto, GraphProto):
-        _remove(proto.initializer, unused)
-        _remove(proto.input, unused)
+        _remove_named(proto.initializer, unused)
+        _remove_named(proto.input, unused)
         outputs = {name for node in scope.producers.values() if id(node) in dropped for name in node.output}
-        _remove(proto.value_info, (unused | outputs) - {placement.site.name for placement in placements})
+        _remove_named(proto.value_info, (unused | outputs) - {placement.site.name for placement in placements})
         proto.initializer.extend(writer.constants.values())
 
 
@@ -183,18 +177,6 @@ def _unused(scope: Scope, sources: set[str], dropped: set[int]) -> set[str]:
     return unused
 
 
-def _remove(entries: Any, names: set[str]) -> None:
-    for index in reversed(range(len(entries))):
-        if entries[index].name in names:
-            del entries[index]
-
-
-def _copy(node: NodeProto) -> NodeProto:
-    copy = NodeProto()
-    copy.CopyFrom(node)
-    return copy
-
-
 def _import_domain(entries: Any) -> None:
     if all(entry.domain != ops.DOMAIN for entry in entries):
         entries.append(helper.make_opsetid(ops.DOMAIN, ops.VERSION))
@@ -207,7 +189,7 @@ def _raise_ir_version(model: ModelProto, version: int) -> None:
     listed one can, and runtimes then no longer treat it as a constant. So the listing goes where the version changes.
     """
     if model.ir_version < 4 <= version:
-        _remove(model.graph.input, {tensor.name for tensor in model.graph.initializer})
+        _remove_named(model.graph.input, {tensor.name for tensor in model.graph.initializer})
     model.ir_version = max(model.ir_version, version)
 
 
@@ -225,3 +207,7 @@ def _all_names(model: ModelProto) -> set[str]:
 def _input_names(inputs: Iterable[Any]) -> Iterator[str]:
     for entry in inputs:
         yield entry if isinstance(entry, str) else entry.name
+
+
+def _remove_named(entries: Any, names: set[str]) -> None:
+    remove_entries(entries, lambda entry: entry.name in names)

@@ -9,6 +9,7 @@ from typing import Any
 from onnx import ModelProto
 
 from vqonnx.graph import Skipped
+from vqonnx.modelfile import remove_entries
 
 KEY = "vqonnx"
 RECORD_VERSION = 1
@@ -145,6 +146,4 @@ def read_record(model: ModelProto) -> Record | None:
 
 def erase_record(model: ModelProto) -> None:
     """Remove the record, so that the metadata are those of the original."""
-    for index in reversed(range(len(model.metadata_props))):
-        if model.metadata_props[index].key == KEY:
-            del model.metadata_props[index]
+    remove_entries(model.metadata_props, lambda entry: entry.key == KEY)
