@@ -1,0 +1,166 @@
+"""Dynamic quantisation coding with training: the weights are powers of two at every step, and learn to live with it.
+
+Rao et al. 2019, Acta Automatica Sinica 45(10), 1960-1968. The codebook is made anew from the largest weight at every
+step; the float weights behind it are what moves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vqonnx import modelfile
+from vqonnx.compress import compress
+from vqonnx.errors import ModelError, OptionError
+from vqonnx.graph import find
+from vqonnx.methods import DQC
+from vqonnx.place import Target
+from vqonnx.result import Result
+from vqonnx.training.executor import TorchGraph
+from vqonnx.training.loop import History, Progress, Schedule, train
+from vqonnx.training.power import Rule, quantise
+from vqonnx.training.values import batch_norm_names, bias_names, statistic_names, with_values
+
+Batches = Callable[[int], tuple[Mapping[str, NDArray[Any]], NDArray[np.int64]]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the training goes.
+
+    Attributes:
+        schedule: Steps and rates.
+        rule: Gradient of a weight: ``magnitude`` (the authors') or ``identity``.
+        l1: Times the sum of the absolute values of the quantised weights, added to the loss.
+        l2: Times half the sum of the squares of the quantised weights and the BatchNormalization scales.
+    """
+
+    schedule: Schedule = field(default_factory=lambda: Schedule(steps=1000, rate=0.01, drops=(600, 850)))
+    rule: Rule = "identity"
+    l1: float = 0.0
+    l2: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("l1", self.l1), ("l2", self.l2)):
+            if not 0 <= value < float("inf"):
+                raise OptionError(f"{name} is {value:g}; choose 0 or more")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came out.
+
+    Attributes:
+        result: The compressed model, ready to save.
+        history: Losses, and whether the run ended as planned.
+    """
+
+    result: Result
+    history: History
+
+
+def train_dqc(
+    model: str | Path,
+    batches: Batches,
+    method: DQC | None = None,
+    recipe: Recipe | None = None,
+    *,
+    checkpoint: Path | None = None,
+    data_name: str = "",
+    target: Target = "hybrid",
+    progress: Progress | None = None,
+) -> Trained:
+    """Train a classifier with power-of-two weights, and code it.
+
+    All linear layers are quantised, the first and the last too; biases and BatchNormalization are trained in float32.
+
+    Args:
+        model: Path of a float32 model with one output, the logits ``[N, classes]``; best with its BatchNormalization
+            nodes, which follow the quantised weights.
+        batches: The feeds and the labels ``[N]`` of a step, by its number; the same number gives the same batch.
+        method: Bits and zero; its ``fit`` must be ``paper`` (the codebook that the training uses) and its ``scale``
+            ``none``. By default 4 bits with zero.
+        recipe: Schedule, gradient rule and penalties.
+        checkpoint: File in which the state is kept, and from which a run goes on.
+        data_name: Tells checkpoints of different data apart.
+        target: As in `compress`.
+        progress: Called with (steps done, steps in all, "loss ...").
+
+    Raises:
+        ModelError: An operator cannot be trained, or the model has no weights to train or several outputs.
+        OptionError: The method or recipe cannot be trained, or the checkpoint belongs to another run.
+    """
+    method = method or DQC(fit="paper")
+    recipe = recipe or Recipe()
+    if method.fit != "paper" or method.scale != "none":
+        raise OptionError(
+            f"trained dqc uses the codebook of the paper; fit is {method.fit} (choose paper), scale is {method.scale} "
+            "(choose none)"
+        )
+    path = Path(model)
+    proto = modelfile.load(path)
+    sites = [site for site in find(proto, path.parent).sites if not site.scope.path]
+    if not sites or len(proto.graph.output) != 1:
+        raise ModelError(
+            f"{path}: {len(sites)} layers and {len(proto.graph.output)} outputs; training needs one output"
+        )
+    weights = {site.name: torch.from_numpy(site.read().copy()).requires_grad_() for site in sites}
+    known = TorchGraph(proto, folder=path.parent).values
+    names = [name for name in (*bias_names(proto), *batch_norm_names(proto)) if name not in weights]
+    rest = {name: known[name].clone().requires_grad_() for name in names}
+    graph = TorchGraph(proto, supplied=[*weights, *rest], folder=path.parent)
+    statistics = {name: graph.values[name] for name in statistic_names(proto)}
+    scales = {node.input[1] for node in proto.graph.node if node.op_type == "BatchNormalization"} & set(rest)
+
+    def loss(step: int) -> Tensor:
+        feeds, labels = batches(step)
+        coded = {name: quantise(w, method.bits, zero=method.zero, rule=recipe.rule) for name, w in weights.items()}
+        (logits,) = graph.run(
+            {name: _tensor(value) for name, value in feeds.items()}, {**coded, **rest}, batch_statistics=True
+        ).values()
+        value = F.cross_entropy(logits, torch.from_numpy(np.asarray(labels, np.int64)))
+        if recipe.l1:
+            value = value + recipe.l1 * torch.stack([w.abs().sum() for w in coded.values()]).sum()
+        if recipe.l2:
+            squares = [(w**2).sum() for w in (*coded.values(), *(rest[name] for name in scales))]
+            value = value + recipe.l2 / 2 * torch.stack(squares).sum()
+        return value
+
+    settings = {"method": method.options, "recipe": dataclasses.asdict(recipe), "model": path.name, "data": data_name}
+    history = train(
+        loss,
+        {**weights, **rest},
+        recipe.schedule,
+        others=statistics,
+        settings=settings,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    moved = {name: value.detach().numpy() for name, value in {**weights, **rest, **statistics}.items()}
+    trained = with_values(proto, path.parent, moved)
+    return Trained(_code(trained, path, method, target), history)
+
+
+def _code(trained: Any, source: Path, method: DQC, target: Target) -> Result:
+    """The trained model in codes, as if it had been made from the original file."""
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / source.name
+        modelfile.save(trained, draft, source.parent)
+        result = compress(draft, method, target=target)
+    return dataclasses.replace(result, source=source, bytes_before=modelfile.file_bytes(source))
+
+
+def _tensor(value: NDArray[Any]) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(value))
+    # With the channels last, PyTorch's convolutions on a CPU are 1.3 to 2 times faster.
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
