@@ -158,7 +158,9 @@ def train_dqc(
         checkpoint=checkpoint,
         progress=progress,
     )
-    moved = {name: value.detach().numpy() for name, value in {**weights, **rest, **statistics}.items()}
+    # The codes are exact for these: the largest of them is the power of two that the codebook starts from.
+    final = {name: quantise(w, method.bits, zero=method.zero, rule=recipe.rule) for name, w in weights.items()}
+    moved = {name: value.detach().numpy() for name, value in {**final, **rest, **statistics}.items()}
     trained = with_values(proto, path.parent, moved)
     return Trained(_code(trained, path, method, target), history)
 
