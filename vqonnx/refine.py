@@ -1,0 +1,265 @@
+"""Codes and codewords that make a layer's output error small, by closed forms and exact searches; no gradients.
+
+All of it minimises ``trace(E H E^T)`` with ``E = W - What`` and H the second moment of the layer's input (centred, where
+a bias takes up the mean), which is the mean squared error of the layer's output on the calibration data. The formulas
+are those of METHODS 6: k-means with one metric for each block (6.1c), coordinate descent over the codes (6.2), the
+least-squares codebook (6.3) and error feedback from block to block (6.4, Frantar et al. 2022 for single weights).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Codes = NDArray[np.int64]
+
+_RIDGE = 1e-6  # times the mean of the diagonal: keeps words that nobody uses where they are
+_CG_STEPS = 60
+_CG_TOLERANCE = 1e-7
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A weight to approximate, cut into blocks, and the metric of its input.
+
+    Attributes:
+        weight: float64 ``[rows, groups * width]``, filled up with zeros.
+        metrics: For each group of a convolution H, float64 ``[cols, cols]``, also filled up; positive semi-definite.
+        width: Columns of a block.
+        scales: float64 ``[rows]``: a decoded row is its words times its scale.
+    """
+
+    weight: Array
+    metrics: tuple[Array, ...]
+    width: int
+    scales: Array
+
+    @classmethod
+    def of(
+        cls, weight: NDArray[np.floating], metrics: tuple[Array, ...], width: int, scales: Array | None = None
+    ) -> Target:
+        """Fill up what the width does not divide."""
+        rows, cols = weight.shape
+        more = -cols % width
+        return cls(
+            np.pad(weight.astype(np.float64), ((0, 0), (0, more))),
+            tuple(np.pad(metric, ((0, more), (0, more))) for metric in metrics),
+            width,
+            np.ones(rows) if scales is None else scales.astype(np.float64),
+        )
+
+    @property
+    def groups(self) -> int:
+        """Blocks of a row."""
+        return self.weight.shape[1] // self.width
+
+    def parts(self) -> Iterator[tuple[slice, Array]]:
+        """The rows of each group of the convolution, and their metric."""
+        size = len(self.weight) // len(self.metrics)
+        for number, metric in enumerate(self.metrics):
+            yield slice(number * size, (number + 1) * size), metric
+
+    def columns(self, block: int) -> slice:
+        """The columns of a block."""
+        return slice(block * self.width, (block + 1) * self.width)
+
+    def decode(self, codes: Codes, words: Array) -> Array:
+        """``[rows, groups * width]`` from codes ``[rows, groups]`` and words ``[k, width]``."""
+        return self.scales[:, None] * words[codes].reshape(len(codes), -1)
+
+    def error(self, codes: Codes, words: Array) -> float:
+        """``trace(E H E^T)``."""
+        missed = self.weight - self.decode(codes, words)
+        return float(sum(np.einsum("ij,ij->", missed[rows] @ metric, missed[rows]) for rows, metric in self.parts()))
+
+
+def nearest_in(points: Array, words: Array, metric: Array, scales: Array) -> Codes:
+    """The word of least ``(v - s c)^T G (v - s c)`` for each point; of equals the first.
+
+    Args:
+        points: ``[n, width]``.
+        words: ``[k, width]``.
+        metric: ``[width, width]``.
+        scales: s, ``[n]``.
+    """
+    turned = words @ metric
+    energy = np.einsum("kd,kd->k", turned, words)
+    cost = (scales**2)[:, None] * energy - 2 * scales[:, None] * (points @ turned.T)
+    return np.asarray(np.argmin(cost, axis=1), np.int64)
+
+
+def assign(target: Target, words: Array) -> Codes:
+    """Each block's best word on its own, in the metric of the block."""
+    codes = np.empty((len(target.weight), target.groups), np.int64)
+    for rows, metric in target.parts():
+        for block in range(target.groups):
+            at = target.columns(block)
+            codes[rows, block] = nearest_in(target.weight[rows, at], words, metric[at, at], target.scales[rows])
+    return codes
+
+
+def update_words(target: Target, codes: Codes, words: Array) -> Array:
+    """The best words for given codes, blocks taken on their own (the M-step with one metric for each block)."""
+    size, width = words.shape
+    left, right = np.zeros((size, width, width)), np.zeros((size, width))
+    for rows, metric in target.parts():
+        scales = target.scales[rows]
+        for block in range(target.groups):
+            at = target.columns(block)
+            chosen = codes[rows, block]
+            counts = np.bincount(chosen, weights=scales**2, minlength=size)
+            sums = np.zeros((size, width))
+            np.add.at(sums, chosen, scales[:, None] * target.weight[rows, at])
+            left += counts[:, None, None] * metric[at, at]
+            right += sums @ metric[at, at]
+    return _solve(left, right, words)
+
+
+def descend(target: Target, codes: Codes, words: Array) -> Codes:
+    """One sweep of coordinate descent over all codes with the whole metric; never makes the error larger."""
+    codes = codes.copy()
+    missed = target.weight - target.decode(codes, words)
+    for rows, metric in target.parts():
+        influence = missed[rows] @ metric  # [rows, cols]
+        scales = target.scales[rows]
+        for block in range(target.groups):
+            at = target.columns(block)
+            own = metric[at, at]
+            if not own.any():
+                continue
+            part = missed[rows, at]
+            # cost(c) = (e + s(q - c))^T G (e + s(q - c)) + 2 (influence of the other blocks) (e + s(q - c))
+            pull = influence[:, at] - part @ own
+            base = part + scales[:, None] * words[codes[rows, block]]  # what the word has to make
+            turned = words @ own
+            energy = np.einsum("kd,kd->k", turned, words)
+            cost = (scales**2)[:, None] * energy - 2 * scales[:, None] * (base @ turned.T + pull @ words.T)
+            chosen = np.argmin(cost, axis=1)
+            before = codes[rows, block]
+            # Rounding must not turn a tie into a change, or sweeps would never settle.
+            number = np.arange(len(chosen))
+            better = cost[number, chosen] < cost[number, before] - 1e-12 * np.abs(cost[number, before])
+            chosen = np.where(better, chosen, before)
+            change = scales[:, None] * (words[before] - words[chosen])
+            if not change.any():
+                continue
+            codes[rows, block] = chosen
+            missed[rows, at] += change
+            influence += change @ metric[at]
+    return codes
+
+
+def refit(target: Target, codes: Codes, words: Array) -> Array:
+    """The words of least error for given codes: ``(sum S^T H S + ridge) z = sum S^T H w + ridge z0`` (METHODS 6.3).
+
+    Conjugate gradients from the present words, each product a gather, one matrix product and a scatter. Never makes the
+    error larger.
+    """
+    size, width = words.shape
+
+    def gathered(matrix: Array) -> Array:
+        turned = np.concatenate([matrix[rows] @ metric for rows, metric in target.parts()])
+        blocks = (target.scales[:, None] * turned).reshape(-1, width)
+        found = np.zeros((size, width))
+        flat = codes.reshape(-1)
+        for column in range(width):
+            found[:, column] = np.bincount(flat, weights=blocks[:, column], minlength=size)
+        return found
+
+    mean = float(np.mean([np.trace(metric) / max(len(metric), 1) for metric in target.metrics]))
+    ridge = _RIDGE * mean * max(1.0, codes.size / size)
+    if ridge <= 0:
+        return words
+
+    def product(z: Array) -> Array:
+        return gathered(target.decode(codes, z)) + ridge * z
+
+    z = words.copy()
+    residual = gathered(target.weight - target.decode(codes, z))
+    # The blocks on the diagonal alone, as preconditioner.
+    weights = np.zeros((size, width))
+    for rows, metric in target.parts():
+        diagonal = np.diag(metric).reshape(target.groups, width)
+        for block in range(target.groups):
+            counts = np.bincount(codes[rows, block], weights=target.scales[rows] ** 2, minlength=size)
+            weights += counts[:, None] * diagonal[block]
+    weights += ridge
+    turned = residual / weights
+    direction, power = turned.copy(), float((residual * turned).sum())
+    start = power
+    for _ in range(_CG_STEPS):
+        if power <= _CG_TOLERANCE * start:
+            break
+        image = product(direction)
+        step = power / float((direction * image).sum())
+        z += step * direction
+        residual -= step * image
+        turned = residual / weights
+        before, power = power, float((residual * turned).sum())
+        direction = turned + power / before * direction
+    return z if target.error(codes, z) <= target.error(codes, words) else words
+
+
+def feed_back(target: Target, words: Array, damping: float = 0.01) -> Codes:
+    """Codes chosen block after block, each block's error made good by the weights that are still free.
+
+    The exact form for blocks: with ``H^-1 = U^T U``, U upper triangular, the distance is ``|(w - c) U_BB^-1|`` and what
+    follows moves by ``-(w - c) U_BB^-1 U_B,rest``.
+
+    Args:
+        target: The weight.
+        words: ``[k, width]``.
+        damping: Times the mean of the diagonal, added to it.
+    """
+    codes = np.empty((len(target.weight), target.groups), np.int64)
+    for rows, metric in target.parts():
+        diagonal = np.diag(metric).copy()
+        mean = float(diagonal.mean())
+        dead = diagonal <= 0
+        damped = metric + np.diag(np.where(dead, max(mean, 1.0), damping * mean))
+        upper = np.linalg.cholesky(np.linalg.inv(damped)).T
+        weight = target.weight[rows].copy()
+        scales = target.scales[rows]
+        for block in range(target.groups):
+            at = target.columns(block)
+            inverse = np.linalg.inv(upper[at, at])
+            chosen = nearest_in(weight[:, at], words, inverse @ inverse.T, scales)
+            codes[rows, block] = chosen
+            missed = (weight[:, at] - scales[:, None] * words[chosen]) @ inverse
+            weight[:, at.stop :] -= missed @ upper[at, at.stop :]
+    return codes
+
+
+def alternate(
+    target: Target, codes: Codes, words: Array, rounds: int, store: Callable[[Array], Array]
+) -> tuple[Codes, Array]:
+    """Coordinate descent and refit in turn; then the words as they are stored, and a last descent with those.
+
+    Args:
+        target: The weight.
+        codes: Where to begin, ``[rows, groups]``.
+        words: The same, ``[k, width]``.
+        rounds: Of both.
+        store: Rounds words to the type in which they are stored.
+    """
+    for _ in range(rounds):
+        codes = descend(target, codes, words)
+        words = refit(target, codes, words)
+    words = store(words)
+    return descend(target, codes, words), words
+
+
+def _solve(left: Array, right: Array, words: Array) -> Array:
+    """Least squares for each word; the old word where nothing, or nothing independent, speaks for a new one."""
+    width = words.shape[1]
+    scale = np.trace(left, axis1=1, axis2=2) / width
+    used = scale > 0
+    ridge = _RIDGE * scale[used]
+    system = left[used] + ridge[:, None, None] * np.eye(width)
+    found = words.copy()
+    found[used] = np.linalg.solve(system, (right[used] + ridge[:, None] * words[used])[..., None])[..., 0]
+    return found
