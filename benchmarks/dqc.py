@@ -5,7 +5,7 @@
     python benchmarks/dqc.py table                             # the tables, from benchmarks/results/
 
 ResNets start from ``resnet20_bn.onnx`` and ``resnet56_bn.onnx`` and train on the 30,000 images at hand (pad-4 crops and
-flips); LeNet-5 starts from the file that ``benchmarks/lenet.py`` writes. Every run keeps its state under ``--work`` and
+flips), with ``--start codes`` from their post-training codes (calibrated on 1,024 of those images); LeNet-5 starts from the file that ``benchmarks/lenet.py`` writes. Every run keeps its state under ``--work`` and
 goes on from there; each finished cell is one JSON file in ``benchmarks/results/dqc/`` with its schedule and losses.
 The rates were chosen on the last 5,000 training images (``--validate``); the test images only give the final figure.
 """
@@ -13,6 +13,7 @@ The rates were chosen on the last 5,000 training images (``--validate``); the te
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import time
@@ -27,6 +28,7 @@ from common import Feed, cifar_feeds, cifar_labels, data_dir, setting
 from PIL import Image
 
 import vqonnx
+from vqonnx.expand import expand
 from vqonnx.training.dqc import Batches, Recipe, train_dqc
 from vqonnx.training.loop import Schedule
 
@@ -77,6 +79,7 @@ def main() -> None:
     parser.add_argument("--l2", type=float, default=1e-4)
     parser.add_argument("--l1", type=float, default=1e-6)
     parser.add_argument("--teacher", type=float, default=0.0)
+    parser.add_argument("--start", choices=("model", "codes"), default="codes")
     parser.add_argument("--work", type=Path, default=Path("build/dqc"))
     parser.add_argument("--validate", action="store_true", help="hold out 5,000 training images and evaluate on them")
     chosen = parser.parse_args()
@@ -92,7 +95,7 @@ def main() -> None:
 
 def run_cell(chosen: argparse.Namespace, bits: int, zero: bool, penalty: str) -> None:
     network: str = chosen.network
-    name = _name(network, bits, zero, penalty, chosen.teacher > 0)
+    name = _name(network, bits, zero, penalty, chosen)
     if (RESULTS / f"{name}.json").exists() and not chosen.validate:
         print(f"{name}: done already")
         return
@@ -118,8 +121,18 @@ def run_cell(chosen: argparse.Namespace, bits: int, zero: bool, penalty: str) ->
         print(f"{name}: step {step} of {total}, {text}, {time.monotonic() - start:.0f} s", flush=True)
 
     batches = mnist_batches(images, labels) if network == "lenet5" else cifar_batches(images, labels)
+    start_model = model
+    if chosen.start == "codes":
+        start_model = coded_after_training(model, method, _feeds(network, images[:1024]), chosen.work, name)
     trained = train_dqc(
-        model, batches, method, recipe, checkpoint=checkpoint, data_name=f"{len(images)}", progress=progress
+        start_model,
+        batches,
+        method,
+        recipe,
+        original=model,
+        checkpoint=checkpoint,
+        data_name=f"{len(images)}",
+        progress=progress,
     )
     saved = trained.result.save(chosen.work / f"{name}.onnx")
     if chosen.validate:
@@ -135,8 +148,11 @@ def run_cell(chosen: argparse.Namespace, bits: int, zero: bool, penalty: str) ->
     else:
         test_feeds, test_labels = cifar_feeds("test", 10_000), cifar_labels()
     found = vqonnx.compare(model, saved.path, test_feeds, labels=test_labels)
-    untrained = vqonnx.compress(model, method).save(chosen.work / f"{name}_untrained.onnx")
-    plain = vqonnx.compare(model, untrained.path, test_feeds, labels=test_labels)
+    nearest = vqonnx.compress(model, method).save(chosen.work / f"{name}_nearest.onnx")
+    untrained = {"nearest": vqonnx.compare(model, nearest.path, test_feeds, labels=test_labels)}
+    if chosen.start == "codes":
+        coded = chosen.work / f"{name}_coded.onnx"
+        untrained["codes"] = vqonnx.compare(model, coded, test_feeds, labels=test_labels)
     entry = {
         "network": network,
         "bits": bits,
@@ -144,7 +160,8 @@ def run_cell(chosen: argparse.Namespace, bits: int, zero: bool, penalty: str) ->
         "penalty": penalty,
         "published": PUBLISHED[network][bits, zero, penalty],
         "fp32": round(100 * found.top1_before, 2),
-        "untrained": round(100 * plain.top1_after, 2),
+        "start": chosen.start,
+        "untrained": {kind: round(100 * (c.top1_after or 0), 2) for kind, c in untrained.items()},
         "trained": round(100 * found.top1_after, 2),
         "bytes": saved.bytes,
         "bytes_before": trained.result.bytes_before,
@@ -159,8 +176,19 @@ def run_cell(chosen: argparse.Namespace, bits: int, zero: bool, penalty: str) ->
     print(f"{name}: {entry['fp32']} untrained {entry['untrained']} trained {entry['trained']} %", flush=True)
 
 
-def _name(network: str, bits: int, zero: bool, penalty: str, teacher: bool) -> str:
-    return f"{network}_{bits}bit_{'zero' if zero else 'nozero'}_{penalty}{'_teacher' if teacher else ''}"
+def _name(network: str, bits: int, zero: bool, penalty: str, chosen: argparse.Namespace) -> str:
+    more = f"{'_teacher' if chosen.teacher else ''}{'_codes' if chosen.start == 'codes' else ''}"
+    return f"{network}_{bits}bit_{'zero' if zero else 'nozero'}_{penalty}{more}"
+
+
+def coded_after_training(model: Path, method: vqonnx.DQC, calibration: list[Feed], folder: Path, name: str) -> Path:
+    """The network with its post-training codes (METHODS 2.9), as a plain file to train from."""
+    coded = folder / f"{name}_coded.onnx"
+    start = dataclasses.replace(method, fit="search", feedback=True)
+    vqonnx.compress(model, start, calibration=calibration).save(coded)
+    plain = folder / f"{name}_start.onnx"
+    expand(coded, plain)
+    return plain
 
 
 def cifar_batches(images: np.ndarray, labels: np.ndarray) -> Batches:
@@ -224,24 +252,25 @@ def _mnist(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def print_tables() -> None:
     for network, cells in PUBLISHED.items():
-        print(f"\n{network}\n\n| bits | zero | loss | published | ours | teacher's share | fp32 | untrained ", end="")
-        print("| epochs | rule | bytes |\n|---|---|---|---|---|---|---|---|---|---|---|")
+        print(f"\n{network}\n\n| bits | zero | loss | published | ours | teacher's share | fp32 | nearest ", end="")
+        print("| feedback | start | epochs | rate | bytes |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|")
         settings = set()
-        for cell, teacher in itertools.product(cells, (False, True)):
-            bits, zero, penalty = cell
-            path = RESULTS / f"{_name(network, *cell, teacher)}.json"
-            start = f"| {bits} | {'with' if zero else 'no'} | {penalty} | {cells[cell]:.2f} "
-            if not path.exists():
-                if not teacher:
-                    print(f"{start}| not run |")
-                continue
-            e = json.loads(path.read_text())
-            settings.add(e["setting"])
-            stopped = "" if e["diverged"] is None else f" (stopped at step {e['diverged']})"
-            print(
-                f"{start}| {e['trained']:.2f}{stopped} | {e['recipe']['teacher']:g} | {e['fp32']:.2f} "
-                f"| {e['untrained']:.2f} | {e['epochs']:g} | {e['recipe']['rule']} | {e['bytes']:,} |"
-            )
+        for bits, zero, penalty in cells:
+            name = f"{network}_{bits}bit_{'zero' if zero else 'nozero'}_{penalty}"
+            ours = sorted(RESULTS.glob(f"{name}*.json"))
+            row = f"| {bits} | {'with' if zero else 'no'} | {penalty} | {cells[bits, zero, penalty]:.2f} "
+            if not ours:
+                print(f"{row}| not run |")
+            for path in ours:
+                e = json.loads(path.read_text())
+                settings.add(e["setting"])
+                stopped = "" if e["diverged"] is None else f" (stopped at step {e['diverged']})"
+                untrained = e["untrained"]
+                print(
+                    f"{row}| {e['trained']:.2f}{stopped} | {e['recipe']['teacher']:g} | {e['fp32']:.2f} "
+                    f"| {untrained['nearest']:.2f} | {untrained.get('codes', '')} | {e['start']} | {e['epochs']:g} "
+                    f"| {e['recipe']['schedule']['rate']:g} | {e['bytes']:,} |"
+                )
         for text in sorted(settings):
             print(f"\n{text}")
 

@@ -79,19 +79,32 @@ class Walk:
         self._inputs = {at: n.input[0] for n in nodes if (at := self._segments.position(n)) is not None}
         self._wanted = self._segments.needed_for(self._inputs.values())
 
+    def batches(self) -> Iterator[Batch]:
+        """What is alive where the walk stands, for each calibration batch; at its beginning, the feeds."""
+        return iter(self._frontier)
+
     def can_observe(self, site: Site) -> bool:
         """Whether the layer's input can be seen: it can in the main graph, not in subgraphs and functions."""
         return self._segments.position(site.node) is not None and not self._segments.is_constant(site.node.input[0])
 
     def observe(self, site: Site, order: Order) -> Moments:
         """Second moments of what the first layer of the site sees, in the column order of the weight's view."""
+        accumulator: MomentsAccumulator | None = None
+        for rows in self.rows(site, order):
+            if accumulator is None:
+                accumulator = MomentsAccumulator(rows.shape[0], rows.shape[2])
+            accumulator.add(rows)
+        assert accumulator is not None
+        return accumulator.result()
+
+    def rows(self, site: Site, order: Order) -> Iterator[NDArray[np.floating]]:
+        """The rows ``[groups, n, cols]`` that the first layer of the site sees, batch by batch."""
         position = self._segments.position(site.node)
         assert position is not None, site.name
         self._advance(position)
         name = site.node.input[0]
         wanted = _ROWS_PER_COLUMN * site.view(order).cols
         positions = self._positions or max(_LEAST_POSITIONS, -(-wanted // self._images))
-        accumulator: MomentsAccumulator | None = None
         for batch in self._frontier:
             rows = unfold(
                 site.op_type,
@@ -104,15 +117,15 @@ class Walk:
             )
             if not np.isfinite(rows).all():
                 raise DataError(f"{site.name}: its inputs are not finite on the calibration data; check the data")
-            if accumulator is None:
-                accumulator = MomentsAccumulator(rows.shape[0], rows.shape[2])
-            accumulator.add(rows)
-        assert accumulator is not None
-        return accumulator.result()
+            yield rows
 
     def replace(self, site: Site, tensor: NDArray[np.float32]) -> None:
         """Use ``tensor`` as the weight of the site from here on."""
         self._segments.replace(site, tensor)
+
+    def set_constant(self, tensor: TensorProto) -> None:
+        """Use another value for an initializer of the main graph from here on."""
+        self._segments.set_constant(tensor)
 
     def _advance(self, position: int) -> None:
         """Run the nodes before ``position`` that are still to run and are needed."""
@@ -177,6 +190,9 @@ class _Segments:
     def replace(self, site: Site, tensor: NDArray[np.float32]) -> None:
         if site.scope.proto is self._model.graph:
             self._replaced[site.name] = make_tensor(tensor, site.elem_type, site.name)
+
+    def set_constant(self, tensor: TensorProto) -> None:
+        self._replaced[tensor.name] = tensor
 
     def needed_for(self, names: Iterable[str]) -> set[int]:
         """The nodes (by id) that the named values depend on."""

@@ -6,7 +6,7 @@ import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,8 @@ import numpy as np
 from onnx import ModelProto, TensorProto
 
 from vqonnx import modelfile
+from vqonnx.bias import Bias, prepare
+from vqonnx.bias import store as store_biases
 from vqonnx.calibrate import Walk
 from vqonnx.errors import ModelError, OptionError
 from vqonnx.feeds import read_feeds
@@ -26,6 +28,7 @@ from vqonnx.method import Layer, LeftAlone, Method, Needs
 from vqonnx.methods import BGD, PQ
 from vqonnx.moments import Moments, snr_db
 from vqonnx.ops import DOMAIN
+from vqonnx.paired import PairedWalk
 from vqonnx.place import Placement, Target, place
 from vqonnx.record import KEY, LayerRecord, write_record
 from vqonnx.result import Result
@@ -204,15 +207,23 @@ def _encode_all(
     """Encode the layers in order; with feeds, each sees its inputs as the compressed layers before it make them."""
     sites = [site for site, _ in plan]
     placements, layers = [], []
-    walking = Walk(proto, path.parent, sites, feeds, seed=seed) if feeds is not None and plan else nullcontext()
+    biases: dict[str, Bias] = {}
+    walking: Walk | PairedWalk | nullcontext[None] = nullcontext()
+    if feeds is not None and any(method.pairs for _, method in plan):
+        biases = prepare(proto, [site for site, method in plan if method.pairs], path.parent)
+        walking = PairedWalk(proto, path.parent, sites, feeds, seed=seed)
+    elif feeds is not None and plan:
+        walking = Walk(proto, path.parent, sites, feeds, seed=seed)
     with walking as walk:
         for number, (site, method) in enumerate(plan):
             if progress:
                 progress(number, len(plan), site.name)
             view = site.view(method.view_order)
             weight = view.matrix(site.read())
-            moments = None
-            if walk is not None and walk.can_observe(site):
+            moments, cross = None, None
+            if isinstance(walk, PairedWalk) and walk.can_observe(site):
+                moments, cross = walk.observe(site, method.order)
+            elif isinstance(walk, Walk) and walk.can_observe(site):
                 moments = walk.observe(site, method.order)
             elif walk is not None and method.needs is Needs.MOMENTS:
                 _log.warning("%s: in a subgraph or function, so its inputs are not observed", site.name)
@@ -226,6 +237,7 @@ def _encode_all(
                 seed=seed + zlib.crc32(site.name.encode()) % 2**16,
                 moments=moments,
             )
+            layer = replace(layer, cross=cross)
             try:
                 form = _encode(layer, method, site)
             except LeftAlone as reason:
@@ -234,8 +246,13 @@ def _encode_all(
             decoded = form.decode()
             if walk is not None:
                 walk.replace(site, view.tensor(decoded))
+            if isinstance(walk, PairedWalk) and method.pairs and site.name in biases and moments and cross:
+                seen = site.view(method.order)  # rows are outputs, whatever the method's own view
+                before, after = (seen.matrix(view.tensor(matrix)) for matrix in (weight, decoded))
+                walk.set_constant(biases[site.name].shift(cross.lost(before, after, moments)))
             placements.append(Placement(site, form, view))
             layers.append(_record(layer, site, view, method, form, decoded, moments))
+    store_biases(proto, biases.values())
     if progress:
         progress(len(plan), len(plan), "")
     return placements, layers

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vqonnx.errors import OptionError
 from vqonnx.form import Form, Matrix
-from vqonnx.moments import Moments
+from vqonnx.moments import Cross, Moments
 from vqonnx.view import Order, ViewOrder
 
 
@@ -48,6 +48,7 @@ class Layer:
     last: bool = False
     seed: int = 0
     moments: Moments | None = None
+    cross: Cross | None = None
 
 
 class LeftAlone(Exception):
@@ -78,6 +79,14 @@ class Method(ABC):
 
         The same layer, seed included, gives the same bytes.
         """
+
+    @property
+    def pairs(self) -> bool:
+        """Whether it makes use of the original's inputs beside the compressed model's, and leaves the mean to the bias.
+
+        With them the pass corrects the bias of each layer.
+        """
+        return False
 
     @property
     def options(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from vqonnx.form import Matrix
 FULL_COLS = 8192
 # A multiple of every width from 1 to 9, and of 12, 14, 16, 18 ..., so that no block of weights straddles two of them.
 BLOCK_COLS = 5040
+_ROWS_FOR_TARGET = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,26 @@ class Moments:
                 total += float(np.einsum("ij,ij->", columns @ block, columns))
                 start += len(block)
         return total / max(self.rows, 1)
+
+    def covariances(self) -> tuple[NDArray[np.float64], ...]:
+        """For each group the covariance of the input, float64 ``[cols, cols]``, shrunk towards a multiple of one.
+
+        By ``cols / (cols + 2 rows)``: a classifier behind a global pooling sees one row an image, and trusts too few.
+        Above `FULL_COLS` columns what lies outside the blocks on the diagonal counts as zero.
+        """
+        found = []
+        for sums, blocks in zip(self.sums, self.blocks, strict=True):
+            cols = len(sums)
+            covariance = np.zeros((cols, cols))
+            start = 0
+            for block in blocks:
+                at = slice(start, start + len(block))
+                covariance[at, at] = block / self.rows - np.outer(sums[at], sums[at]) / self.rows**2
+                start += len(block)
+            share = cols / (cols + 2 * self.rows)
+            mean = float(np.trace(covariance)) / cols
+            found.append((1 - share) * covariance + share * mean * np.eye(cols))
+        return tuple(found)
 
     def pooled_gram(self, width: int) -> NDArray[np.float64]:
         """``[width, width]``: the mean over the column blocks of width ``width`` of their part of ``sum x x^T / rows``.
@@ -83,6 +104,52 @@ class MomentsAccumulator:
     def result(self) -> Moments:
         """The moments so far."""
         return Moments(self._rows, self._sums, self._blocks)
+
+
+@dataclass(frozen=True, eq=False)
+class Cross:
+    """What the original model's layer sees at the same places: rows ``x`` beside the rows ``xh`` of `Moments`.
+
+    Attributes:
+        sums: float64 ``[groups, cols]``: sum of the rows x.
+        products: For each group ``sum xh x^T``, float64 ``[cols, cols]``; empty above `FULL_COLS` columns.
+    """
+
+    sums: NDArray[np.float64]
+    products: tuple[NDArray[np.float64], ...]
+
+    def lost(self, before: Matrix, after: Matrix, moments: Moments) -> NDArray[np.float64]:
+        """``[rows]``: how far the mean output falls when weights and inputs change: ``W mean(x) - What mean(xh)``."""
+        parts = zip(
+            np.split(before.astype(np.float64), moments.groups),
+            np.split(after.astype(np.float64), moments.groups),
+            self.sums,
+            moments.sums,
+            strict=True,
+        )
+        return np.concatenate([w @ x - what @ xh for w, what, x, xh in parts]) / max(moments.rows, 1)
+
+    def target(self, weight: Matrix, moments: Moments, *, damping: float = 0.02) -> NDArray[np.float64]:
+        """The weights that on xh come closest to W on x, means apart: ``(C + d)^-1 (Cx W^T + d W^T)``.
+
+        The asymmetric target of METHODS 6.5 in covariances; ``d`` is ``damping`` times the mean of the diagonal, and
+        draws towards W. W itself where there are fewer than `_ROWS_FOR_TARGET` rows for a column: they fit noise.
+        """
+        wanted = weight.astype(np.float64)
+        if not self.products or moments.rows < _ROWS_FOR_TARGET * weight.shape[1]:
+            return wanted
+        found = []
+        for part, product, x, xh, covariance in zip(
+            np.split(wanted, moments.groups), self.products, self.sums, moments.sums, moments.covariances(), strict=True
+        ):
+            across = product / moments.rows - np.outer(xh, x) / moments.rows**2
+            ridge = damping * float(np.trace(covariance)) / len(covariance)
+            if ridge <= 0:
+                found.append(part)
+                continue
+            system = covariance + ridge * np.eye(len(covariance))
+            found.append(np.linalg.solve(system, across @ part.T + ridge * part.T).T)
+        return np.concatenate(found)
 
 
 def snr_db(signal: float, noise: float) -> float | None:

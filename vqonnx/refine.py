@@ -1,8 +1,7 @@
 """Codes and codewords that make a layer's output error small, by closed forms and exact searches; no gradients.
 
-All of it minimises ``trace(E H E^T)`` with ``E = W - What`` and H the second moment of the layer's input (centred, where
-a bias takes up the mean), which is the mean squared error of the layer's output on the calibration data. The formulas
-are those of METHODS 6: k-means with one metric for each block (6.1c), coordinate descent over the codes (6.2), the
+All of it minimises ``trace(E H E^T)`` with ``E = W - What`` and H the second moment of the layer's input, centred where
+a bias takes up the mean: the mean squared error of the layer's output on the calibration data. The formulas are those of METHODS 6: k-means with one metric for each block (6.1c), coordinate descent over the codes (6.2), the
 least-squares codebook (6.3) and error feedback from block to block (6.4, Frantar et al. 2022 for single weights).
 """
 
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vqonnx.method import Layer
 
 Array = NDArray[np.float64]
 Codes = NDArray[np.int64]
@@ -55,7 +56,7 @@ class Target:
     @property
     def groups(self) -> int:
         """Blocks of a row."""
-        return self.weight.shape[1] // self.width
+        return int(self.weight.shape[1]) // self.width
 
     def parts(self) -> Iterator[tuple[slice, Array]]:
         """The rows of each group of the convolution, and their metric."""
@@ -75,6 +76,23 @@ class Target:
         """``trace(E H E^T)``."""
         missed = self.weight - self.decode(codes, words)
         return float(sum(np.einsum("ij,ij->", missed[rows] @ metric, missed[rows]) for rows, metric in self.parts()))
+
+
+def target_of(layer: Layer, width: int, *, asymmetric: bool, scales: Array | None = None) -> Target:
+    """What the codes of a layer aim at, in the centred metric of its input; the plain weight where it is unknown.
+
+    Args:
+        layer: The layer.
+        width: Columns of a block.
+        asymmetric: Aim at the output of the original layer on the original input, where that is known.
+        scales: Factors of the rows.
+    """
+    if layer.moments is None or not layer.moments.rows:
+        return Target.of(layer.weight, (np.eye(layer.weight.shape[1]),), width, scales)
+    weight = layer.weight.astype(np.float64)
+    if asymmetric and layer.cross is not None:
+        weight = layer.cross.target(layer.weight, layer.moments)
+    return Target.of(weight, layer.moments.covariances(), width, scales)
 
 
 def nearest_in(points: Array, words: Array, metric: Array, scales: Array) -> Codes:
@@ -201,7 +219,8 @@ def refit(target: Target, codes: Codes, words: Array) -> Array:
         turned = residual / weights
         before, power = power, float((residual * turned).sum())
         direction = turned + power / before * direction
-    return z if target.error(codes, z) <= target.error(codes, words) else words
+    better: Array = z if target.error(codes, z) <= target.error(codes, words) else words
+    return better
 
 
 def feed_back(target: Target, words: Array, damping: float = 0.01) -> Codes:
@@ -260,6 +279,6 @@ def _solve(left: Array, right: Array, words: Array) -> Array:
     used = scale > 0
     ridge = _RIDGE * scale[used]
     system = left[used] + ridge[:, None, None] * np.eye(width)
-    found = words.copy()
+    found: Array = words.copy()
     found[used] = np.linalg.solve(system, (right[used] + ridge[:, None] * words[used])[..., None])[..., 0]
     return found

@@ -1,7 +1,7 @@
 """The strongest label-free encoding at hand: every step that lowered the output error of real layers, each switchable.
 
-Product quantisation whose target is what the original layer gives (not what its weights are), in the centred metric of
-the input that the compressed layers before it make; k-means with one metric for each block, then coordinate descent over
+Product quantisation whose target is what the original layer gives, not what its weights are, in the centred metric of the
+input that the compressed layers before it make: k-means with one metric for each block, then coordinate descent over
 the codes and least-squares codewords in turn. Formulas: METHODS 6.1c, 6.2, 6.3, 6.4 and 6.5; which steps pay on real
 networks: QUALITY. The mean that is lost goes to the layer's bias, which the pass corrects.
 """
@@ -18,7 +18,9 @@ from vqonnx.cluster import kmeans
 from vqonnx.form import Coded
 from vqonnx.method import Layer, LeftAlone, Method, Needs, check_range
 from vqonnx.methods.codebook import CodebookType, store
-from vqonnx.refine import Array, Target, alternate, assign, feed_back, update_words
+from vqonnx.refine import Array, alternate, assign, feed_back, target_of, update_words
+
+_METRIC_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Best(Method):
     """
 
     id: ClassVar[str] = "best"
-    needs: ClassVar[Needs] = Needs.PAIRS
+    needs: ClassVar[Needs] = Needs.MOMENTS
     width: int = 4
     bits: int = 6
     rounds: int = 3
@@ -44,6 +46,10 @@ class Best(Method):
     start: Literal["assign", "feedback"] = "assign"
     scale: Literal["none", "row"] = "none"
     codebook: CodebookType = "float16"
+
+    @property
+    def pairs(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         check_range(self, "bits", 1, 12)
@@ -55,7 +61,7 @@ class Best(Method):
         if cols < self.width:
             raise LeftAlone(f"width {self.width} is more than the {cols} columns of a row")
         scales = self._scales(layer.weight)
-        target = _target(layer, self.width, self.asymmetric, scales)
+        target = target_of(layer, self.width, asymmetric=self.asymmetric, scales=scales)
         vectors = (target.weight / target.scales[:, None]).reshape(-1, self.width)
         count = min(2**self.bits, len(vectors) // 2)
         if count < 2:
@@ -86,18 +92,3 @@ class Best(Method):
         rms = np.sqrt(np.mean(weight.astype(np.float64) ** 2, axis=1))
         rounded = rms.astype(np.float16).astype(np.float64)
         return np.where(rounded > 0, rounded, 1.0)
-
-
-_METRIC_ROUNDS = 4
-
-
-def _target(layer: Layer, width: int, asymmetric: bool, scales: Array | None) -> Target:
-    """What the codes aim at, and in which metric; the plain weight where the inputs were not observed."""
-    if layer.moments is None or not layer.moments.rows:
-        cols = layer.weight.shape[1]
-        return Target.of(layer.weight, (np.eye(cols),), width, scales)
-    metrics = layer.moments.covariances()
-    weight = layer.weight.astype(np.float64)
-    if asymmetric and layer.cross is not None:
-        weight = layer.cross.target(weight, layer.moments)
-    return Target.of(weight, metrics, width, scales)

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 
 from vqonnx.form import Coded, Matrix
 from vqonnx.method import Layer, LeftAlone, Method, check_range
+from vqonnx.refine import descend, feed_back, target_of
 
 _LOWEST, _HIGHEST = -126, 127  # exponents of float32, without subnormals: some processors flush them
 _LOWEST_HALF, _HIGHEST_HALF = -14, 15
 _SHIFTS = (0, 1, -1, -2)  # what the search tries around the exponent of the largest weight; of equals the first wins
 _GRID = (2 ** (np.arange(8) / 8)).astype(np.float16)  # scales within an octave
+_SWEEPS = 3
 _CHUNK = 2**20  # weights at a time, which keeps the temporaries at some 50 MB
 
 
@@ -34,6 +36,8 @@ class DQC(Method):
         power: The search and the scales count squared errors times ``|w| ** power``, and times the mean square of the
             input where there are calibration data.
         scale: ``none``, or the best of eight factors within an octave for each ``row``.
+        feedback: Where there are calibration data, choose the codes one after the other, and let the weights that
+            follow make good each error (METHODS 2.9, 6.4) in the layer's output; the bias takes up the mean.
     """
 
     id: ClassVar[str] = "dqc"
@@ -42,6 +46,11 @@ class DQC(Method):
     fit: Literal["paper", "search"] = "search"
     power: Literal[0, 1, 2] = 0
     scale: Literal["none", "row"] = "none"
+    feedback: bool = True
+
+    @property
+    def pairs(self) -> bool:
+        return self.feedback
 
     def __post_init__(self) -> None:
         check_range(self, "bits", 3, 5)
@@ -63,9 +72,18 @@ class DQC(Method):
         )  # [tops, scales, rows]
         top = tops[int(np.argmin(errors.min(axis=1).sum(axis=1)))]
         scales = grid[np.argmin(errors[tops.index(top)], axis=0)][:, None]  # [rows, 1]
+        book = power_book(top, count, zero=self.zero)
+        if self.feedback and layer.moments is not None and layer.moments.rows:
+            target = target_of(layer, 1, asymmetric=True, scales=scales[:, 0].astype(np.float64))
+            words = book.astype(np.float64)
+            codes = feed_back(target, words)
+            for _ in range(_SWEEPS):
+                codes = descend(target, codes, words)
+        else:
+            codes = power_codes(layer.weight / scales.astype(np.float32), top, count, zero=self.zero)
         return Coded.one_stage(
-            codes=power_codes(layer.weight / scales.astype(np.float32), top, count, zero=self.zero),
-            codebook=power_book(top, count, zero=self.zero),
+            codes=codes,
+            codebook=book,
             scales=scales if self.scale == "row" else None,
         )
 

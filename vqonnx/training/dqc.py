@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from onnx import ModelProto
 from torch import Tensor
 
 from vqonnx import modelfile
@@ -81,6 +82,7 @@ def train_dqc(
     method: DQC | None = None,
     recipe: Recipe | None = None,
     *,
+    original: str | Path | None = None,
     checkpoint: Path | None = None,
     data_name: str = "",
     target: Target = "hybrid",
@@ -97,6 +99,8 @@ def train_dqc(
         method: Bits and zero; its ``fit`` must be ``paper`` (the codebook that the training uses) and its ``scale``
             ``none``. By default 4 bits with zero.
         recipe: Schedule, gradient rule and penalties.
+        original: The model that teaches and that the result is compared with, where ``model`` is one that was coded
+            after training and expanded again: starting from such weights shortens the schedule. By default ``model``.
         checkpoint: File in which the state is kept, and from which a run goes on.
         data_name: Tells checkpoints of different data apart.
         target: As in `compress`.
@@ -121,8 +125,9 @@ def train_dqc(
             f"{path}: {len(sites)} layers and {len(proto.graph.output)} outputs; training needs one output"
         )
     weights = {site.name: torch.from_numpy(site.read().copy()).requires_grad_() for site in sites}
-    original = TorchGraph(proto, folder=path.parent)
-    known = original.values
+    known = TorchGraph(proto, folder=path.parent).values
+    source = path if original is None else Path(original)
+    teacher = TorchGraph(source) if recipe.teacher else None
     names = [name for name in (*bias_names(proto), *batch_norm_names(proto)) if name not in weights]
     rest = {name: known[name].clone().requires_grad_() for name in names}
     graph = TorchGraph(proto, supplied=[*weights, *rest], folder=path.parent)
@@ -135,9 +140,9 @@ def train_dqc(
         inputs = {name: _tensor(value) for name, value in feeds.items()}
         (logits,) = graph.run(inputs, {**coded, **rest}, batch_statistics=True).values()
         value = (1 - recipe.teacher) * F.cross_entropy(logits, torch.from_numpy(np.asarray(labels, np.int64)))
-        if recipe.teacher:
+        if teacher is not None:
             with torch.no_grad():
-                (wanted,) = original.run(inputs).values()
+                (wanted,) = teacher.run(inputs).values()
             value = value + recipe.teacher * F.kl_div(
                 F.log_softmax(logits, 1), F.log_softmax(wanted, 1), reduction="batchmean", log_target=True
             )
@@ -162,14 +167,14 @@ def train_dqc(
     final = {name: quantise(w, method.bits, zero=method.zero, rule=recipe.rule) for name, w in weights.items()}
     moved = {name: value.detach().numpy() for name, value in {**final, **rest, **statistics}.items()}
     trained = with_values(proto, path.parent, moved)
-    return Trained(_code(trained, path, method, target), history)
+    return Trained(_code(trained, path, source, method, target), history)
 
 
-def _code(trained: Any, source: Path, method: DQC, target: Target) -> Result:
+def _code(trained: ModelProto, path: Path, source: Path, method: DQC, target: Target) -> Result:
     """The trained model in codes, as if it had been made from the original file."""
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / source.name
-        modelfile.save(trained, draft, source.parent)
+        modelfile.save(trained, draft, path.parent)
         result = compress(draft, method, target=target)
     return dataclasses.replace(result, source=source, bytes_before=modelfile.file_bytes(source))
 
