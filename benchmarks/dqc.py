@@ -5,9 +5,10 @@
     python benchmarks/dqc.py table                             # the tables, from benchmarks/results/
 
 ResNets start from ``resnet20_bn.onnx`` and ``resnet56_bn.onnx`` and train on the 30,000 images at hand (pad-4 crops and
-flips), with ``--start codes`` from their post-training codes (calibrated on 1,024 of those images); LeNet-5 starts from the file that ``benchmarks/lenet.py`` writes. Every run keeps its state under ``--work`` and
-goes on from there; each finished cell is one JSON file in ``benchmarks/results/dqc/`` with its schedule and losses.
-The rates were chosen on the last 5,000 training images (``--validate``); the test images only give the final figure.
+flips), with ``--start codes`` from their post-training codes (calibrated on 1,024 of those images). LeNet-5 starts from
+the file that ``benchmarks/lenet.py`` writes. Every run keeps its state under ``--work`` and goes on from there; each
+finished cell is one JSON file in ``benchmarks/results/dqc/`` with its schedule and losses. The rates were chosen on the
+last 5,000 training images (``--validate``); the test images only give the final figure.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Codes and codewords that make a layer's output error small, by closed forms and exact searches; no gradients.
 
 All of it minimises ``trace(E H E^T)`` with ``E = W - What`` and H the second moment of the layer's input, centred where
-a bias takes up the mean: the mean squared error of the layer's output on the calibration data. The formulas are those of METHODS 6: k-means with one metric for each block (6.1c), coordinate descent over the codes (6.2), the
-least-squares codebook (6.3) and error feedback from block to block (6.4, Frantar et al. 2022 for single weights).
+a bias takes up the mean: the mean squared error of the layer's output on the calibration data. The formulas are those
+of METHODS 6: k-means with one metric for each block (6.1c), coordinate descent over the codes (6.2), the least-squares
+codebook (6.3) and error feedback from block to block (6.4; Frantar et al. 2022 for single weights).
 """
 
 from __future__ import annotations
@@ -194,7 +195,8 @@ def refit(target: Target, codes: Codes, words: Array) -> Array:
         return words
 
     def product(z: Array) -> Array:
-        return gathered(target.decode(codes, z)) + ridge * z
+        image: Array = gathered(target.decode(codes, z)) + ridge * z
+        return image
 
     z = words.copy()
     residual = gathered(target.weight - target.decode(codes, z))
@@ -239,7 +241,8 @@ def feed_back(target: Target, words: Array, damping: float = 0.01) -> Codes:
         diagonal = np.diag(metric).copy()
         mean = float(diagonal.mean())
         dead = diagonal <= 0
-        damped = metric + np.diag(np.where(dead, max(mean, 1.0), damping * mean))
+        # What a dead input is multiplied by must not matter, and must not make the matrix singular.
+        damped = metric + np.diag(np.where(dead, _RIDGE * mean if mean > 0 else 1.0, damping * mean))
         upper = np.linalg.cholesky(np.linalg.inv(damped)).T
         weight = target.weight[rows].copy()
         scales = target.scales[rows]
