@@ -25,6 +25,7 @@ TARGETS: tuple[Target, ...] = ("hybrid", "portable", "custom")
 METHODS: dict[str, Method] = {
     "kmeans": KMeans(bits=3, order="hwi"),
     "pq": PQ(width=5, bits=3),
+    "long codes": PQ(width=1, bits=10),
     "books": PQ(width=5, bits=2, books="group", codebook="float32"),
 }
 
