@@ -24,6 +24,7 @@ from vqonnx.checkpoint import read_checkpoint
 from vqonnx.cli import main
 from vqonnx.errors import InputError, ModelError
 from vqonnx.generate import generate_feeds
+from vqonnx.modelfile import remove_entries
 from vqonnx.place import Target
 from vqonnx.published import import_kill_the_bits
 from vqonnx.runtime import open_session, run
@@ -166,8 +167,7 @@ def _as_torchscript_names_them(model: ModelProto) -> None:
     shared = helper.make_node("Identity", [layers[0].input[2]], ["shared"])
     layers[1].input[2] = "shared"
     model.graph.node.insert(0, shared)
-    for tensor in [t for t in model.graph.initializer if t.name == "layer1.0.conv1.bias"]:
-        model.graph.initializer.remove(tensor)
+    remove_entries(model.graph.initializer, lambda tensor: tensor.name == "layer1.0.conv1.bias")
 
 
 def _without_names(model: ModelProto) -> None:
@@ -178,6 +178,7 @@ def _without_names(model: ModelProto) -> None:
 
 def _without_a_bias(model: ModelProto) -> None:
     del model.graph.node[2].input[2:]
+    remove_entries(model.graph.initializer, lambda tensor: tensor.name == "layer1.0.conv1.bias")
 
 
 def _with_a_transposed_classifier(model: ModelProto) -> None:
@@ -290,7 +291,7 @@ BAD: dict[str, tuple[Change, str]] = {
         r"fc is \[10, 16\] in net\.pth and the \[10, 16\] weight of a MatMul in \S+model\.onnx",
     ),
     "norm": (_norm_left, r"a BatchNormalization follows layer1\.0\.conv2, where the checkpoint has it folded; export"),
-    "computed": (_computed, r"head: weight is computed at run time \(by Abs 'fc\.abs'\); export"),
+    "computed": (_computed, r"fc\.abs: weight is computed at run time \(by Abs 'fc\.abs'\); export"),
     "other order": (
         lambda model: (_without_names(model), _swap_sides(model)),
         r"layer1\.0\.conv2 is \[16, 8, 3, 3\] in net\.pth and \[16, 8, 1, 1\] in \S+model\.onnx",
