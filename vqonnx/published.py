@@ -60,7 +60,7 @@ def import_kill_the_bits(
         checkpoint: Path of the ``.pth`` file.
         model: Path of the network, batch normalisation folded into its convolutions (so each has a bias). Layers are
             matched by name: that of the weight, or that of the module in the node's name, as exporters of torch write
-            them; and by their order where the model has no such name at all.
+            them; where the model lacks names, by their order, if the names that it has agree with that.
         target: ``hybrid``, ``portable`` or ``custom`` (docs/format.md).
         input_shapes: Shapes for the generated inputs on which the written file is run.
 
@@ -87,27 +87,37 @@ def _match(published: Checkpoint, model: ModelProto, path: Path) -> list[tuple[S
     for entry in found.skipped:
         raise ModelError(f"{path}: {entry.name}: {entry.reason}; export the network in evaluation mode, as float32")
     names = [layer.name for layer in published.layers]
-    sites: dict[str, Site] = {}
-    for site in found.sites:
-        free = (name for name in _names(site) if name in names and name not in sites)
-        sites[next(free, site.name)] = site
-    if not set(sites) & set(names):
-        _log.warning("%s: no layer has a name of %s; matched by their order", path, published.path.name)
-        labels = [*names[: len(found.sites)], *(site.name for site in found.sites[len(names) :])]
-        sites = dict(zip(labels, found.sites, strict=True))
+    sites = _label(found.sites, names)
     pairs = []
     for layer in published.layers:
         there = f"{layer.name} is {list(layer.shape)} in {published.path.name}"
         if layer.name not in sites:
             raise ModelError(f"{there}, and {path} has no such layer; give an ONNX model of the same network")
         site = sites[layer.name]
-        _check(site, layer, f"{there} and {{}} in {path}; give an ONNX model of the same network")
+        other = _other_than(site, layer)
+        if other is not None:
+            raise ModelError(f"{there} and {other} in {path}; give an ONNX model of the same network")
         pairs.append((site, layer))
     for name, site in sites.items():
         if name not in names:
             raise ModelError(f"{name} is {list(site.shape)} in {path}, and {published.path.name} has no such layer")
     _refuse_norms(model.graph, {site.name: layer.name for site, layer in pairs}, path)
+    unnamed = sum(layer.name not in _names(site) for site, layer in pairs)
+    if unnamed:
+        _log.warning("%s: %d of %d layers have no name of the checkpoint; matched by order", path, unnamed, len(pairs))
     return pairs
+
+
+def _label(sites: Sequence[Site], names: Sequence[str]) -> dict[str, Site]:
+    """Sites by the name of their layer: their own name, or that of their place if all names that there are agree."""
+    by_name: dict[str, Site] = {}
+    for site in sites:
+        free = (name for name in _names(site) if name in names and name not in by_name)
+        by_name[next(free, site.name)] = site
+    labels = [*names[: len(sites)], *(site.name for site in sites[len(names) :])]
+    by_order = dict(zip(labels, sites, strict=True))
+    agree = all(by_order.get(name) is site for name, site in by_name.items() if name in names)
+    return by_order if agree and not set(names) <= set(by_name) else by_name
 
 
 def _names(site: Site) -> list[str]:
@@ -124,17 +134,16 @@ def _names(site: Site) -> list[str]:
     return [by_weight, ".".join(modules)]
 
 
-def _check(site: Site, layer: PublishedLayer, differs: str) -> None:
-    """Refuse a site of another kind or shape; ``differs`` has a place for what the model has."""
+def _other_than(site: Site, layer: PublishedLayer) -> str | None:
+    """What the model has in the place of a layer, where that is of another kind or shape."""
     if site.scope.parent is not None or not isinstance(site.scope.proto, GraphProto):
-        raise ModelError(differs.format("inside a subgraph or function"))
+        return "inside a subgraph or function"
     convolution = len(layer.shape) > 2
     view = site.view("ihw")
     shape = site.shape if convolution else (view.rows, view.cols)
     if site.op_type != ("Conv" if convolution else "Gemm"):
-        raise ModelError(differs.format(f"the {list(shape)} weight of a {site.op_type}"))
-    if shape != layer.shape:
-        raise ModelError(differs.format(list(shape)))
+        return f"the {list(shape)} weight of a {site.op_type}"
+    return None if shape == layer.shape else str(list(shape))
 
 
 def _refuse_norms(graph: GraphProto, weights: Mapping[str, str], path: Path) -> None:
