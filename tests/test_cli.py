@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,16 +30,6 @@ from vqonnx.methods import METHODS
 Run = Callable[..., tuple[int, str, str]]
 _PROGRESS = re.compile(r"compress: \d+/\d+ \S+")
 BENCH = ("--rounds", "2", "--threads", "1")
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    """`main` sets up logging to the standard error of its time, which a later test no longer has."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from vqonnx.labels import read_labels
 from vqonnx.method import Method
 from vqonnx.methods import METHODS, method_by_name
 from vqonnx.place import Target
+from vqonnx.published import import_kill_the_bits
 from vqonnx.report import report, sizes_json
 from vqonnx.verify import compare, junit
 
@@ -184,6 +185,21 @@ def _expand(options: argparse.Namespace) -> int:
     return 0
 
 
+def _import(options: argparse.Namespace) -> int:
+    modelfile.check_output(options.output, options.model)
+    shapes, target = _shapes(options.input_shapes), _target(options.target)
+    result = import_kill_the_bits(options.checkpoint, options.model, target=target, input_shapes=shapes)
+    saved = result.save(options.output)
+    paper = result.checkpoint.paper_mib
+    if options.json:
+        _print_json({**sizes_json(result.bytes_before, saved.bytes, result.layers, ()), "paper_mib": paper})
+    elif not options.quiet:
+        show.layers(result.layers)
+        show.sizes(result.bytes_before, saved.bytes, saved.path)
+        show.line(f"by the paper's rule {paper:.3f} MiB; the file has {saved.bytes / 2**20:.3f} MiB")
+    return 0
+
+
 def _bench(options: argparse.Namespace) -> int:
     _check_models(options)
     result = bench(
@@ -301,6 +317,16 @@ def _parser() -> argparse.ArgumentParser:
     add = _command(commands, "expand", _expand, "turn a compressed model back into a plain one")
     add("model", metavar="IN")
     add("output", metavar="OUT")
+
+    add = _command(
+        commands, "import-kill-the-bits", _import, "put a checkpoint of Stock et al. 2020 into an ONNX model"
+    )
+    add("checkpoint", metavar="CHECKPOINT", help="the published .pth file (read with torch)")
+    add("model", metavar="MODEL", help="ONNX model of the same network, batch normalisation folded")
+    add("output", metavar="OUT", help="the compressed model")
+    add("--target", metavar="T", default="hybrid", help=f"{', '.join(get_args(Target))} (default hybrid)")
+    add("--input-shapes", metavar="NAME:SHAPE", nargs="+", default=[], help="for generated inputs: name:1x3x224x224")
+    add("--json", action="store_true", help="print JSON")
 
     add = _command(commands, "bench", _bench, "latency and memory of two models")
     add("original", metavar="ORIGINAL")

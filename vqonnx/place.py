@@ -35,7 +35,7 @@ def place(model: ModelProto, placements: Sequence[Placement], target: Target) ->
         ModelError: The opset is too old for a function body.
     """
     opset = main_opset(model)
-    taken = _all_names(model)
+    taken = all_names(model)
     by_scope: dict[int, list[Placement]] = {}
     for placement in placements:
         by_scope.setdefault(id(placement.site.scope), []).append(placement)
@@ -193,7 +193,8 @@ def _raise_ir_version(model: ModelProto, version: int) -> None:
     model.ir_version = max(model.ir_version, version)
 
 
-def _all_names(model: ModelProto) -> set[str]:
+def all_names(model: ModelProto) -> set[str]:
+    """Every name of a tensor in the model, in any scope."""
     names: set[str] = set()
     for scope in scopes(model):
         names |= set(scope.initializers) | set(scope.producers) | set(scope.uses) | scope.outputs

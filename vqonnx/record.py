@@ -26,7 +26,7 @@ class LayerRecord:
         method: Id of the method.
         options: Its options.
         bytes: Codes, codebooks and scales as stored.
-        weight_snr_db: Energy of the weight over that of its error; None if there is no error.
+        weight_snr_db: Energy of the weight over that of its error; None if there is no error, or it was imported.
         output_snr_db: The same for the layer's output on the calibration data; None if it was not observed.
     """
 
