@@ -26,7 +26,7 @@ def data_dir() -> Path:
     for folder in (os.environ.get("VQONNX_DATA"), _ROOT.parent / "shared" / "data"):
         if folder and Path(folder).is_dir():
             return Path(folder)
-    raise SystemExit("no data: set VQONNX_DATA to the folder with models/, cifar10/, imagenet/ and zoo/")
+    raise SystemExit("no data: set VQONNX_DATA to the folder with models/, cifar10/, mnist/, imagenet/ and zoo/")
 
 
 def setting() -> str:
@@ -56,6 +56,19 @@ def cifar_labels() -> np.ndarray:
     """Right classes of the test sheet."""
     with np.load(data_dir() / "cifar10" / "labels.npz") as arrays:
         return arrays["test"].astype(np.int64)
+
+
+def mnist_feeds(split: str, count: int, batch: int = 500) -> list[Feed]:
+    """Batches of the first MNIST images of ``train`` (60,000) or ``test`` (10,000), scaled to 0..1."""
+    with np.load(data_dir() / "mnist" / "mnist.npz") as arrays:
+        ready = arrays[f"x_{split}"][:count].astype(np.float32) / 255
+    return [{"input": ready[start : start + batch]} for start in range(0, len(ready), batch)]
+
+
+def mnist_labels(split: str = "test", count: int | None = None) -> np.ndarray:
+    """What those images show."""
+    with np.load(data_dir() / "mnist" / "mnist.npz") as arrays:
+        return arrays[f"y_{split}"][:count].astype(np.int64)
 
 
 def imagenet_feeds(split: str, count: int, batch: int = 16) -> Iterator[Feed]:
