@@ -41,7 +41,7 @@ class PQ(Method):
     def encode(self, layer: Layer) -> Coded:
         _, cols = layer.weight.shape
         if cols < self.width:
-            raise LeftAlone(f"width {self.width} is more than the {cols} columns of a row")
+            raise LeftAlone(f"width {self.width} is more than the {cols} columns of a row; choose 1 to {cols}")
         blocks = blocks_of(layer.weight, self.width)  # [rows, groups, width]
         if self.books == "one":
             found = kmeans(blocks.reshape(-1, self.width), 2**self.bits, seed=layer.seed)

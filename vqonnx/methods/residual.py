@@ -42,7 +42,7 @@ class Residual(Method):
         rows, cols = layer.weight.shape
         width = self.width or cols
         if cols < width:
-            raise LeftAlone(f"width {width} is more than the {cols} columns of a row")
+            raise LeftAlone(f"width {width} is more than the {cols} columns of a row; choose 1 to {cols}")
         vectors = blocks_of(layer.weight, width).reshape(-1, width)
         reached = np.zeros_like(vectors)  # the sum of the stages so far, in the order in which decoding adds them
         books, codes = [], []
