@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vqonnx.errors import OptionError
 from vqonnx.form import Form, Matrix
 from vqonnx.moments import Moments
-from vqonnx.view import Order
+from vqonnx.view import Order, ViewOrder
 
 
 class Needs(Enum):
@@ -31,12 +31,13 @@ class Layer:
     Attributes:
         name: Name of the weight.
         op_type: Conv, ConvTranspose, Gemm or MatMul.
-        weight: float32 ``[rows, cols]``, rows being outputs.
+        weight: float32 ``[rows, cols]``, seen in the method's `Method.view_order`.
         kernel: Sizes of a convolution's kernel; empty for Gemm and MatMul.
         first: It is the first layer of the model.
         last: It is the last one.
         seed: Seed for everything random.
-        moments: Second moments of the layer's input, or None where there is no calibration data.
+        moments: Second moments of what an output sees of the input, in the method's `Method.order`, or None where there
+            is no calibration data.
     """
 
     name: str
@@ -65,6 +66,11 @@ class Method(ABC):
     needs: ClassVar[Needs] = Needs.WEIGHT
 
     order: Order = "ihw"
+
+    @property
+    def view_order(self) -> ViewOrder:
+        """How the weight is seen: rows are outputs, in `order`, unless a method says otherwise."""
+        return self.order
 
     @abstractmethod
     def encode(self, layer: Layer) -> Form:
