@@ -366,6 +366,14 @@ def test_ids_are_different() -> None:
     assert len(set(IDS)) == len(METHODS)
 
 
+@having("along")
+def test_vectors_along_outputs_are_rows_of_inputs(kind: type[Method]) -> None:
+    assert (kind().view_order, kind(order="hwi").view_order) == ("ihw", "hwi")
+    assert kind(along="outputs").view_order == "ohw"
+    with pytest.raises(OptionError, match=rf"'{kind.id}': order=hwi needs along=inputs"):
+        kind(along="outputs", order="hwi")
+
+
 # ---------------------------------------------------------------- what the helpers claim
 
 
