@@ -26,7 +26,7 @@ def data_dir() -> Path:
     for folder in (os.environ.get("VQONNX_DATA"), _ROOT.parent / "shared" / "data"):
         if folder and Path(folder).is_dir():
             return Path(folder)
-    raise SystemExit("no data: set VQONNX_DATA to the folder with models/, cifar10/, imagenet/ and zoo/")
+    raise SystemExit("no data: set VQONNX_DATA to the folder with models/, cifar10/, mnist/, imagenet/ and zoo/")
 
 
 def setting() -> str:
@@ -56,6 +56,27 @@ def cifar_labels() -> np.ndarray:
     """Right classes of the test sheet."""
     with np.load(data_dir() / "cifar10" / "labels.npz") as arrays:
         return arrays["test"].astype(np.int64)
+
+
+def mnist_feeds(split: str, count: int, batch: int = 500) -> list[Feed]:
+    """Batches of MNIST images of ``train`` (60,000) or ``test`` (10,000), scaled to 0..1.
+
+    Fewer than all are taken evenly from the whole file: in ``train``, images that look alike lie side by side.
+    """
+    ready = _mnist("x", split, count).astype(np.float32) / 255
+    return [{"input": ready[start : start + batch]} for start in range(0, len(ready), batch)]
+
+
+def mnist_labels(split: str = "test", count: int | None = None) -> np.ndarray:
+    """What those images show."""
+    return _mnist("y", split, count).astype(np.int64)
+
+
+def _mnist(kind: str, split: str, count: int | None) -> np.ndarray:
+    with np.load(data_dir() / "mnist" / "mnist.npz") as arrays:
+        whole = arrays[f"{kind}_{split}"]
+    count = len(whole) if count is None else count
+    return whole[np.arange(count) * len(whole) // count]
 
 
 def imagenet_feeds(split: str, count: int, batch: int = 16) -> Iterator[Feed]:

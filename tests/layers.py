@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from vqonnx.view import Order, View, conv_transpose_view, conv_view, matmul_view
+from vqonnx.view import Order, View, ViewOrder, conv_transpose_view, conv_view, matmul_view
 
 ORDERS: tuple[Order, ...] = ("ihw", "hwi")
+VIEW_ORDERS: tuple[ViewOrder, ...] = (*ORDERS, "ohw")
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,12 @@ class Single:
         rng = np.random.default_rng(self.seed)
         return tuple(rng.integers(-8, 9, shape).astype(np.float32) for shape in (self.input, self.weight))
 
-    def view(self, order: Order) -> View:
+    def view(self, order: ViewOrder) -> View:
         if self.op_type == "Conv":
             return conv_view(self.weight, order)
         if self.op_type == "ConvTranspose":
             return conv_transpose_view(self.weight, self.group, order)
-        return matmul_view(self.weight, outputs_first=bool(self.attributes.get("transB", 0)))
+        return matmul_view(self.weight, outputs_first=bool(self.attributes.get("transB", 0)), order=order)
 
     def run(self, x: NDArray[np.float32], w: NDArray[np.float32]) -> NDArray[np.float32]:
         """What onnxruntime makes of it."""

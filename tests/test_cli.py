@@ -417,6 +417,7 @@ def test_a_model_cut_anywhere(share: float, refuse: Any, source: Path, out: Path
         (("--include", "nothing*"), r"pattern 'nothing\*' matches none of the 5 layers \(conv_w"),
         (("--exclude", "nothing*"), r"pattern 'nothing\*' matches none"),
         (("--exclude", "*"), r"no layer can be compressed \(depth_w: depthwise.*conv_w.*: excluded.*--allow-unchanged"),
+        (("--method", "svd", "--set", "rank=900"), r"conv_w: rank 900 is more than the \d+ of .*; choose 1 to \d+"),
         (("--config", "missing.toml"), r"missing\.toml: cannot be read \(No such file or directory\); give"),
     ],
 )

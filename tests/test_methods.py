@@ -328,6 +328,30 @@ def test_a_bad_value_is_named(kind: type[Method], name: str, value: str) -> None
     assert value in message, message
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "value", "nearest"),
+    [
+        ("kmeans", "bits", 0, "1 to"),
+        ("kmeans", "bits", 17, "to 8"),
+        ("pq", "bits", 17, "to 8"),
+        ("pq", "width", 0, "1 to"),
+        ("pq", "width", 65, "to 64"),
+        ("residual", "stages", 0, "1 to"),
+        ("residual", "stages", 9, "to 8"),
+        ("residual", "bits", 9, "to 8"),
+        ("binary", "planes", 0, "1 to"),
+        ("binary", "planes", 9, "to 8"),
+        ("svd", "rank", 0, "1 to"),
+        ("svd", "rank", -3, "1 to"),
+    ],
+)
+def test_out_of_range_names_the_nearest_that_works(name: str, option: str, value: int, nearest: str) -> None:
+    with pytest.raises(OptionError, match=rf"^method '{name}': {option} is {value}; choose .*{nearest}") as error:
+        method_by_name(name, {option: value})
+    closest = next(int(part) for part in nearest.split() if part != "to")
+    assert getattr(method_by_name(name, {option: closest}), option) == closest, str(error.value)
+
+
 @pytest.mark.parametrize("value", ["auto", "None", "none"])
 def test_no_width_may_be_written_in_words(value: str) -> None:
     assert method_by_name("bgd", {"width": value}) == BGD(width=None)
@@ -340,6 +364,14 @@ def test_an_unknown_method_is_named_with_those_there_are() -> None:
 
 def test_ids_are_different() -> None:
     assert len(set(IDS)) == len(METHODS)
+
+
+@having("along")
+def test_vectors_along_outputs_are_rows_of_inputs(kind: type[Method]) -> None:
+    assert (kind().view_order, kind(order="hwi").view_order) == ("ihw", "hwi")
+    assert kind(along="outputs").view_order == "ohw"
+    with pytest.raises(OptionError, match=rf"'{kind.id}': order=hwi needs along=inputs"):
+        kind(along="outputs", order="hwi")
 
 
 # ---------------------------------------------------------------- what the helpers claim
@@ -507,9 +539,9 @@ def test_bgd_keeps_the_codebook_below_a_quarter_of_the_vectors() -> None:
         BGD().encode(gaussian(1, 32, 0))
 
 
-@pytest.mark.parametrize("kind", [PQ, BGD])
+@pytest.mark.parametrize("kind", [PQ, BGD, Residual])
 def test_a_width_beyond_the_row_is_left_alone_with_both_numbers(kind: type[Method]) -> None:
-    with pytest.raises(LeftAlone, match="width 9 is more than the 8 columns"):
+    with pytest.raises(LeftAlone, match="width 9 is more than the 8 columns of a row; choose 1 to 8"):
         kind(width=9).encode(gaussian(500, 8, 0))
 
 
@@ -695,10 +727,12 @@ def test_svd_takes_its_share_of_the_bytes_and_no_more(rows: int, cols: int, shar
 
 def test_a_rank_that_saves_nothing_is_left_alone() -> None:
     layer = gaussian(64, 64, 0)
-    with pytest.raises(LeftAlone, match=r"rank 64 takes 16384 bytes, the weight 16384; the largest rank .* is 63"):
+    with pytest.raises(LeftAlone, match=r"rank 900 is more than the 64 of 64 x 64; choose 1 to 63"):
         SVD(rank=900).encode(layer)
+    with pytest.raises(LeftAlone, match=r"rank 64 takes 16384 bytes, the weight 16384; choose 1 to 63"):
+        SVD(rank=64).encode(layer)
     assert SVD(rank=63).encode(layer).nbytes < layer.weight.nbytes
-    with pytest.raises(LeftAlone, match=r"the largest rank .* is 31"):
+    with pytest.raises(LeftAlone, match=r"rank 32 .*; choose 1 to 31"):
         SVD(rank=32, factors="float32").encode(layer)
     assert SVD(rank=31, factors="float32").encode(layer).nbytes < layer.weight.nbytes
     with pytest.raises(LeftAlone, match="no rank makes it smaller"):

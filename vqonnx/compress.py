@@ -209,7 +209,7 @@ def _encode_all(
         for number, (site, method) in enumerate(plan):
             if progress:
                 progress(number, len(plan), site.name)
-            view = site.view(method.order)
+            view = site.view(method.view_order)
             weight = view.matrix(site.read())
             moments = None
             if walk is not None and walk.can_observe(site):
@@ -255,7 +255,11 @@ def _record(
     layer: Layer, site: Site, view: View, method: Method, form: Form, decoded: np.ndarray, moments: Moments | None
 ) -> LayerRecord:
     error = layer.weight - decoded
-    output = None if moments is None else snr_db(moments.energy(layer.weight), moments.energy(error))
+    output = None
+    if moments is not None:
+        seen = site.view(method.order)  # as the moments are, whatever the method's own view
+        before, lost = (seen.matrix(view.tensor(matrix)) for matrix in (layer.weight, error))
+        output = snr_db(moments.energy(before), moments.energy(lost))
     weight = snr_db(float(np.sum(layer.weight.astype(np.float64) ** 2)), float(np.sum(error.astype(np.float64) ** 2)))
     return LayerRecord(
         name=site.name,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from vqonnx.modelfile import to_array
-from vqonnx.view import Order, View, conv_transpose_view, conv_view, matmul_view
+from vqonnx.view import View, ViewOrder, conv_transpose_view, conv_view, matmul_view
 
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _CHAIN = ("Identity", "Transpose", "Reshape", "Cast")
@@ -113,14 +113,14 @@ class Site:
         """The weight tensor in float32."""
         return self._read()
 
-    def view(self, order: Order) -> View:
-        """The weight seen as a matrix in a column order (which matters for convolutions only)."""
+    def view(self, order: ViewOrder) -> View:
+        """The weight seen as a matrix; ``ihw`` and ``hwi`` differ for convolutions only, ``ohw`` for all."""
         if self.op_type == "Conv":
             return conv_view(self.shape, order)
         if self.op_type == "ConvTranspose":
             return conv_transpose_view(self.shape, self.group, order)
         outputs_first = self.op_type == "Gemm" and bool(attributes(self.node).get("transB", 0))
-        return matmul_view(self.shape, outputs_first=outputs_first)
+        return matmul_view(self.shape, outputs_first=outputs_first, order=order)
 
 
 @dataclass(frozen=True)

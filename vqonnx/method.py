@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from vqonnx.errors import OptionError
 from vqonnx.form import Form, Matrix
 from vqonnx.moments import Moments
-from vqonnx.view import Order
+from vqonnx.view import Order, ViewOrder
+
+# A codeword holds weights of neighbouring inputs of one output, or of neighbouring outputs of one input.
+Along = Literal["inputs", "outputs"]
 
 
 class Needs(Enum):
@@ -31,12 +34,13 @@ class Layer:
     Attributes:
         name: Name of the weight.
         op_type: Conv, ConvTranspose, Gemm or MatMul.
-        weight: float32 ``[rows, cols]``, rows being outputs.
+        weight: float32 ``[rows, cols]``, seen in the method's `Method.view_order`.
         kernel: Sizes of a convolution's kernel; empty for Gemm and MatMul.
         first: It is the first layer of the model.
         last: It is the last one.
         seed: Seed for everything random.
-        moments: Second moments of the layer's input, or None where there is no calibration data.
+        moments: Second moments of what an output sees of the input, in the method's `Method.order`, or None where there
+            is no calibration data.
     """
 
     name: str
@@ -65,6 +69,11 @@ class Method(ABC):
     needs: ClassVar[Needs] = Needs.WEIGHT
 
     order: Order = "ihw"
+
+    @property
+    def view_order(self) -> ViewOrder:
+        """How the weight is seen: rows are outputs, in `order`, unless a method says otherwise."""
+        return self.order
 
     @abstractmethod
     def encode(self, layer: Layer) -> Form:
@@ -139,6 +148,16 @@ def check_range(method: Method, name: str, low: int, high: int) -> None:
     value = getattr(method, name)
     if value is not None and not low <= value <= high:
         raise OptionError(f"method '{method.id}': {name} is {value}; choose {low} to {high}")
+
+
+def check_along(method: Method, along: Along) -> None:
+    """Refuse a column order where vectors run along outputs: their rows have only one.
+
+    Raises:
+        OptionError: Both are given.
+    """
+    if along == "outputs" and method.order != "ihw":
+        raise OptionError(f"method '{method.id}': order={method.order} needs along=inputs; choose one of the two")
 
 
 def blocks_of(matrix: Matrix, width: int) -> NDArray[np.float32]:

@@ -55,7 +55,7 @@ class BGD(Method):
         _, cols = layer.weight.shape
         width = self.width or self._paper_width(layer)
         if cols < width:
-            raise LeftAlone(f"width {width} is more than the {cols} columns of a row")
+            raise LeftAlone(f"width {width} is more than the {cols} columns of a row; choose 1 to {cols}")
         blocks = blocks_of(layer.weight, width)
         vectors = blocks.reshape(-1, width)
         words = 2 ** self._bits(layer)

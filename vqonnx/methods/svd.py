@@ -20,7 +20,8 @@ class SVD(Method):
     """Truncated singular value decomposition.
 
     Attributes:
-        rank: Singular values that are kept; None takes as many as ``share`` allows.
+        rank: Singular values that are kept; None takes as many as ``share`` allows. A layer that has fewer, or that
+            so many do not make smaller, is left alone; the reason names the largest rank that does.
         share: The two factors take at most this part of the weight's bytes in float32, where no rank is given.
         factors: Type of the stored factors.
     """
@@ -54,13 +55,13 @@ class SVD(Method):
                     "share closer to 1"
                 )
             return rank
-        rank = min(self.rank, rows, cols)  # beyond that there is nothing to keep
-        if rank > most:
+        if self.rank > min(rows, cols):
             raise LeftAlone(
-                f"rank {rank} takes {rank * each} bytes, the weight {size}; the largest rank that makes it "
-                f"smaller is {most}"
+                f"rank {self.rank} is more than the {min(rows, cols)} of {rows} x {cols}; choose 1 to {most}"
             )
-        return rank
+        if self.rank > most:
+            raise LeftAlone(f"rank {self.rank} takes {self.rank * each} bytes, the weight {size}; choose 1 to {most}")
+        return self.rank
 
 
 def factorise(weight: Matrix, rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
