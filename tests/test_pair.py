@@ -18,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import VIEW_ORDERS, Single, singles
 from numpy.typing import NDArray
-from onnx import ModelProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from test_place import runnable, scalar
 
 from vqonnx.errors import FormError
 from vqonnx.form import Blocks, Dense, Form, Matrix, Product
 from vqonnx.graph import LINEAR, Site, find, scopes
+from vqonnx.modelfile import make_tensor
 from vqonnx.pair import count, join, joined_shape, joined_weight, multiplications, obstacle, pair_of, split
 from vqonnx.place import Placement, Target, place
 from vqonnx.runtime import open_session, run
@@ -278,6 +279,20 @@ def test_onnxruntime_runs_two_fast_layers(tmp_path: Any) -> None:
             open_session(copy.SerializeToString(), optimised_path=tmp_path / "optimised.onnx")
             nodes = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
             assert sorted(nodes) == ["Conv", "Conv", "ReorderInput", "ReorderOutput"], (order, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_bfloat16_layers_keep_their_type(target: Target) -> None:
+    """onnxruntime has no such MatMul on a CPU: look at the types, which the checker compares, and at the factors."""
+    weight = make_tensor(numbers((6, 4), 1), TensorProto.BFLOAT16, "w")
+    model = parse("(bfloat16[2, 6] x) => (bfloat16[R, C] y) { y = MatMul (x, w) }", w=weight)
+    ((first, second),) = split_all(model, target)
+    del model.graph.node[-2:], model.graph.input[:], model.graph.output[:]
+    for name in (first, second):
+        model.graph.node.append(helper.make_node("Cast", [name], [f"wide {name}"], to=TensorProto.FLOAT))
+        model.graph.output.append(helper.make_tensor_value_info(f"wide {name}", TensorProto.FLOAT, [None, None]))
+    inner, outer = run(open_session(runnable(model)), {}).values()
+    np.testing.assert_array_equal(inner @ outer, numbers((6, 4), 1))
 
 
 # When a product stays whole

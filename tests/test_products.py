@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nets
@@ -10,19 +10,23 @@ import numpy as np
 import onnx
 import pytest
 from nets import CONV, MLP
+from numpy.typing import NDArray
 from onnx import ModelProto
+from PIL import Image
 from test_zoo import RATIOS, SLOW, model_of
 
 import vqonnx
 from vqonnx.errors import ModelError
-from vqonnx.form import Apply, Product
+from vqonnx.form import Apply, Coded, Matrix, Product
 from vqonnx.generate import generate_feeds
 from vqonnx.graph import LINEAR, find, scopes
-from vqonnx.method import Layer
+from vqonnx.method import Layer, Method
 from vqonnx.methods import SVD, KMeans
+from vqonnx.methods.svd import factorise
 from vqonnx.place import Target
 from vqonnx.record import erase_record
 from vqonnx.runtime import open_session, run
+from vqonnx.view import ViewOrder
 
 TARGETS: tuple[Target, ...] = ("hybrid", "portable", "custom")
 
@@ -182,3 +186,67 @@ def test_models_of_the_zoo_as_two_layers(name: str, data_dir: Path, tmp_path: Pa
             np.testing.assert_allclose(
                 whole[key].astype(np.float64), value.astype(np.float64), rtol=close, atol=atol, err_msg=key
             )
+
+
+@dataclass(frozen=True)
+class _CodedFactors(Method):
+    """Factors of half the multiplications, stored as codes; rows are inputs where ``by_input``."""
+
+    id = "coded-factors"
+    by_input: bool = False
+    apply: Apply = "activations"
+
+    @property
+    def view_order(self) -> ViewOrder:
+        return "ohw" if self.by_input else self.order
+
+    def encode(self, layer: Layer) -> Product:
+        rows, cols = layer.weight.shape
+        factors = factorise(layer.weight, max(1, rows * cols // (2 * (rows + cols))))
+        return Product(*map(_rounded, factors), self.apply)
+
+
+def _rounded(matrix: Matrix) -> Coded:
+    """The nearest of 256 evenly spaced values."""
+    words = np.linspace(matrix.min(), matrix.max(), 256, dtype=np.float32)[:, None]
+    codes = np.rint((matrix - matrix.min()) / max(float(np.ptp(matrix)), 1e-9) * 255)
+    return Coded.one_stage(codes, words)
+
+
+def cifar_images(data_dir: Path, count: int) -> NDArray[np.float32]:
+    """The first test images, normalised as the models want them."""
+    sheet = np.asarray(Image.open(data_dir / "cifar10" / "test.webp").convert("RGB"))
+    images = sheet.reshape(100, 32, 100, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)[:count]
+    mean, std = np.array([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)])[..., None, None]
+    return ((images / 255 - mean) / std).astype(np.float32)
+
+
+def logits(model: Path, images: NDArray[np.float32], *, library: bool = False) -> list[NDArray[np.float32]]:
+    session = open_session(model, library=library, threads=1)
+    return list(run(session, {session.get_inputs()[0].name: images}).values())
+
+
+@pytest.mark.parametrize("by_input", [False, True])
+def test_resnet56_as_two_layers(by_input: bool, data_dir: Path, tmp_path: Path) -> None:
+    """On real images: the outputs of the multiplied-out model, in half of the multiplications, with coded factors."""
+    source, path, plain = data_dir / "models" / "resnet56.onnx", tmp_path / "small.onnx", tmp_path / "plain.onnx"
+    images = cifar_images(data_dir, 16)
+    outputs = {}
+    for apply in ("weights", "activations"):
+        result = vqonnx.compress(source, _CodedFactors(by_input=by_input, apply=apply))
+        result.save(path, verify=False)  # run below
+        for library in (False, True):
+            (outputs[apply, library],) = logits(path, images, library=library)
+    report = vqonnx.report(path)
+    assert report.layers == result.layers
+    assert len(report.layers) == 55
+    assert all(len(layer.factors) == 2 for layer in report.layers)
+    vqonnx.expand(path, plain)
+    assert layers_of(onnx.load(plain)) == layers_of(onnx.load(source))
+    (outputs["expanded", False],) = logits(plain, images)
+    want = outputs["weights", False]
+    assert want.std() > 1, "not the same logits for every image"
+    for way, got in outputs.items():
+        np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max(), err_msg=str(way))
+    shares = [layer.multiplications for layer in report.layers]
+    assert 0.3 < float(np.median(shares)) < 0.7
