@@ -6,7 +6,7 @@ import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from vqonnx.method import Layer, LeftAlone, Method, Needs
 from vqonnx.methods import BGD, PQ
 from vqonnx.moments import Moments, snr_db
 from vqonnx.ops import DOMAIN
+from vqonnx.pair import multiplications
 from vqonnx.place import Placement, Target, place
 from vqonnx.record import KEY, LayerRecord, write_record
 from vqonnx.result import Result
@@ -114,7 +115,8 @@ def compress(
         raise ModelError(f"{path}: no layer can be compressed ({why}); --allow-unchanged copies it as it is")
     before = modelfile.file_bytes(path)
     if placements:
-        place(proto, placements, target)
+        factors = place(proto, placements, target)
+        layers = [replace(layer, factors=names) for layer, names in zip(layers, factors, strict=True)]
         write_record(proto, before, tuple(layers), tuple(skipped))
     check = generate_feeds(path, shapes=input_shapes, seed=seed) if feeds is None else feeds.first()
     return Result(proto, tuple(layers), tuple(skipped), target, path, before, check)
@@ -270,4 +272,5 @@ def _record(
         bytes=form.nbytes,
         weight_snr_db=None if weight is None else round(weight, 2),
         output_snr_db=None if output is None else round(output, 2),
+        multiplications=multiplications(site, view, form).share,
     )

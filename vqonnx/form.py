@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ MAX_BITS = 16
 
 Matrix = NDArray[np.float32]
 Codes = NDArray[np.unsignedinteger[Any]]  # uint8 or uint16
+Apply = Literal["weights", "activations", "cheaper"]
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
 
 
@@ -242,12 +243,18 @@ class Product(Form):
     Attributes:
         left: ``[rows, inner]``.
         right: ``[inner, cols]``.
+        apply: How it is run: multiplied out into the ``weights``, one factor after the other on the ``activations``
+            (where it is the whole weight and not a part of one), or as is ``cheaper`` in multiplications. The matrix is
+            the same.
     """
 
     left: Form
     right: Form
+    apply: Apply = "weights"
 
     def __post_init__(self) -> None:
+        if self.apply not in get_args(Apply):
+            raise FormError(f"apply is '{self.apply}'; choose one of {', '.join(get_args(Apply))}")
         if self.left.shape[1] != self.right.shape[0]:
             raise FormError(f"left has {self.left.shape[1]} columns, right {self.right.shape[0]} rows")
 

@@ -81,6 +81,8 @@ def report(path: str | Path) -> Report:
                 bytes=weight.stored_bytes(counted),
                 weight_snr_db=weight_snr,
                 output_snr_db=output_snr,
+                multiplications=weight.multiplications,
+                factors=() if weight.row is None else weight.row.factors,
             )
         )
     return Report(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from vqonnx.errors import OptionError
-from vqonnx.form import Dense, Matrix, Product
+from vqonnx.form import Apply, Dense, Matrix, Product
 from vqonnx.method import Layer, LeftAlone, Method, check_range
 from vqonnx.methods.codebook import CodebookType, store
 
@@ -24,12 +24,15 @@ class SVD(Method):
             so many do not make smaller, is left alone; the reason names the largest rank that does.
         share: The two factors take at most this part of the weight's bytes in float32, where no rank is given.
         factors: Type of the stored factors.
+        apply: How the layer is run: with the product of the factors as ``weights``, with one factor after the other on
+            the ``activations``, or as is ``cheaper`` in multiplications.
     """
 
     id: ClassVar[str] = "svd"
     rank: int | None = None
     share: float = 0.5
     factors: CodebookType = "float16"
+    apply: Apply = "cheaper"
 
     def __post_init__(self) -> None:
         check_range(self, "rank", 1, 2**16)
@@ -37,8 +40,9 @@ class SVD(Method):
             raise OptionError(f"method '{self.id}': share is {self.share:g}; choose a number between 0 and 1")
 
     def encode(self, layer: Layer) -> Product:
-        left, right = factorise(layer.weight, self._rank(layer.weight))
-        return Product(*(Dense(store(part, self.factors, option="factors")) for part in (left, right)))
+        factors = factorise(layer.weight, self._rank(layer.weight))
+        left, right = (Dense(store(factor, self.factors, option="factors")) for factor in factors)
+        return Product(left, right, self.apply)
 
     def _rank(self, weight: Matrix) -> int:
         rows, cols = map(int, weight.shape)
