@@ -245,7 +245,7 @@ class _Student:
 
     def loss(self, step: int, teacher: Teacher) -> Tensor:
         """The loss of a step in which all codebooks move."""
-        lessons = teacher.lessons(self.recipe.batch, (self.recipe.seed, 1, step))
+        lessons = teacher.lessons(step, self.recipe.batch, (self.recipe.seed, 1))
         return self._mean(lessons, {**self.weights(), **self.biases}, bool(self.statistics))
 
     def layer_loss(self, step: int, teacher: Teacher) -> Tensor:
@@ -256,7 +256,7 @@ class _Student:
         books = {name: value if name in moving else value.detach() for name, value in self.codebooks.items()}
         supplied = {**self.originals, **{name: value.detach() for name, value in self.biases.items()}}
         supplied |= {weight.name: weight.compute(books) for weight in self.coded.weights[: number + 1]}
-        return self._mean(teacher.lessons(self.recipe.batch, (self.recipe.seed, 0, step)), supplied, False)
+        return self._mean(teacher.lessons(step, self.recipe.batch, (self.recipe.seed, 0)), supplied, False)
 
     def judge(self, lessons: list[Lesson]) -> float:
         """The loss as it stands."""

@@ -51,7 +51,12 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Pow": torch.pow,
     "Sub": torch.sub,
 }
-_VARIADIC = {"Max": torch.maximum, "Min": torch.minimum, "Sum": torch.add, "Mean": torch.add}
+_VARIADIC: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "Max": torch.maximum,
+    "Min": torch.minimum,
+    "Sum": torch.add,
+    "Mean": torch.add,
+}
 _SLOPED: dict[str, Callable[[Tensor, float], Tensor]] = {"LeakyRelu": F.leaky_relu, "Elu": F.elu, "Celu": F.celu}
 _NOWHERE = Path()  # a value in a node is never external
 _TORCH_TYPES: dict[int, torch.dtype] = {
@@ -264,9 +269,9 @@ def slice_(call: Call) -> Tensor:
 
 
 def _backwards(size: int, start: int, end: int, step: int) -> range:
-    """Positions of a slice with a negative step; an end below every position means the very first is taken too."""
-    start = min(start + size if start < 0 else start, size - 1)
-    end = -1 if end < -size else end + size if end < 0 else end
+    """Positions of a slice with a negative step: starts are cut to ``0..size-1``, ends to ``-1..size-1``."""
+    start = min(max(start + size if start < 0 else start, 0), size - 1)
+    end = min(max(end + size if end < 0 else end, -1), size - 1)
     return range(start, end, step)
 
 

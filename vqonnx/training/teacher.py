@@ -75,14 +75,15 @@ class Teacher:
         each = sum(value.nbytes for value in first.values()) / rows[0]
         self._cache: dict[int, Arrays] | None = {} if each * len(self._place) <= _CACHE_LIMIT else None
 
-    def lessons(self, batch: int, key: Sequence[int]) -> list[Lesson]:
-        """About ``batch`` images, chosen at random without repetition; the same key gives the same choice.
+    def lessons(self, step: int, batch: int, seed: Sequence[int]) -> list[Lesson]:
+        """About ``batch`` images for a step; the same numbers give the same choice, every pass sees each image once.
 
         One lesson, or several where the model fixes the number of rows.
         """
         many = min(len(self._place), -(-batch // self._rows_of_feed))
-        chosen = np.random.default_rng(list(key)).choice(len(self._place), many, replace=False)
-        return self._lessons(np.sort(chosen))
+        per_pass = len(self._place) // many
+        order = np.random.default_rng([*seed, step // per_pass]).permutation(len(self._place))
+        return self._lessons(order[step % per_pass * many :][:many])
 
     def sample(self, count: int) -> list[Lesson]:
         """The same images each time, about ``count`` of them, spread over all."""
