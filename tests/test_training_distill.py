@@ -25,7 +25,8 @@ from vqonnx.methods import PQ, SVD, KMeans, Residual
 from vqonnx.place import Target
 from vqonnx.record import read_record
 from vqonnx.runtime import open_session, run
-from vqonnx.training.distill import Distilled, Recipe, distill
+from vqonnx.training.distill import Distilled, distill
+from vqonnx.training.recipe import Recipe
 
 SHORT = Recipe(steps=12, layer_steps=0, batch=32, gradient="sum", rate=0.01)
 

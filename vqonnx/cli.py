@@ -142,9 +142,12 @@ def _method(options: argparse.Namespace, config: Config) -> Method | None:
 
 def _distill(options: argparse.Namespace) -> int:
     try:
-        from vqonnx.training.distill import Recipe, distill
+        from vqonnx.training.distill import distill
+        from vqonnx.training.recipe import Recipe
     except ModuleNotFoundError as error:
-        raise OptionError(f"distill needs {error.name}; install it with: pip install 'vqonnx[distill]'") from error
+        if error.name != "torch":
+            raise
+        raise OptionError("distill needs PyTorch; install it with: pip install 'vqonnx[distill]'") from error
     modelfile.check_output(options.output, options.original)
     modelfile.check_output(options.output, options.compressed)
     names = [field.name for field in fields(Recipe) if getattr(options, field.name, None) is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -173,15 +173,10 @@ class CodedModel:
                 2020, released code); ``sum``: the gradient itself.
             device: Where they are.
         """
-        found = {}
-        for name, values in self._arrays.items():
-            moving = torch.tensor(values.astype(np.float32), device=device, requires_grad=True)
-            if gradient == "mean":
-                uses = torch.as_tensor(self._uses[name]).clamp(min=1).reshape(*values.shape[:-1], 1)
-                share = 1 / uses.to(device, torch.float32)
-                moving.register_hook(lambda slope, share=share: slope * share)  # type: ignore[no-untyped-call]
-            found[name] = moving
-        return found
+        return {
+            name: moving(values, torch.as_tensor(self._uses[name]), gradient, device)
+            for name, values in self._arrays.items()
+        }
 
     def stored(self, parameters: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
         """The codebooks rounded to the type in which they are stored, as float32.
@@ -189,24 +184,48 @@ class CodedModel:
         Raises:
             VqonnxError: A value is beyond the range of that type.
         """
-        found = {}
-        for name, before in self._arrays.items():
-            values = parameters[name].detach().cpu().numpy()
-            with np.errstate(over="ignore"):
-                rounded = values.astype(before.dtype) + before.dtype.type(0)  # docs/format.md: no negative zero
-            if not np.isfinite(rounded).all():
-                raise VqonnxError(
-                    f"codebook '{name}' has grown to {np.abs(values).max():.3g}, beyond {before.dtype}; "
-                    "choose a smaller rate"
-                )
-            found[name] = rounded.astype(np.float32)
-        return found
+        return {
+            name: rounded(name, parameters[name], before.dtype).astype(np.float32)
+            for name, before in self._arrays.items()
+        }
 
     def to(self, device: str | torch.device) -> CodedModel:
         """Move what is fixed to a device."""
         for weight in self.weights:
             weight.to(device)
         return self
+
+
+def moving(codebooks: NDArray[Any], uses: Tensor, gradient: Gradient, device: str | torch.device = "cpu") -> Tensor:
+    """A float32 copy of codebooks ``[..., words, width]`` that requires gradients.
+
+    Args:
+        codebooks: Values as stored.
+        uses: How many blocks use each word, ``[words of all stages and books]``.
+        gradient: As in `CodedModel.parameters`.
+        device: Where it is.
+    """
+    parameter = torch.tensor(codebooks.astype(np.float32), device=device, requires_grad=True)
+    if gradient == "mean":
+        share = 1 / uses.clamp(min=1).reshape(*codebooks.shape[:-1], 1).to(device, torch.float32)
+        parameter.register_hook(lambda slope: slope * share)  # type: ignore[no-untyped-call]
+    return parameter
+
+
+def rounded(name: str, codebooks: Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Codebooks in the type in which they are stored.
+
+    Raises:
+        VqonnxError: A value is beyond the range of that type.
+    """
+    values = codebooks.detach().cpu().numpy()
+    with np.errstate(over="ignore"):
+        stored: NDArray[Any] = values.astype(dtype) + dtype.type(0)  # docs/format.md: no negative zero
+    if not np.isfinite(stored).all():
+        raise VqonnxError(
+            f"codebook '{name}' has grown to {np.abs(values).max():.3g}, beyond {dtype}; choose a smaller rate"
+        )
+    return stored
 
 
 def _read(weight: StoredWeight, node: NodeProto) -> _Decode:
