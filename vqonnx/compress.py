@@ -42,6 +42,7 @@ _SEEDS = 2**31  # each layer adds to the seed, and scikit-learn takes less than 
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
+Tune = Callable[[Site, View, Form], Form]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def compress(
     batch: int = 16,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     allow_unchanged: bool = False,
+    tune: Tune | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Replace the weights of a model by codes and codebooks.
@@ -84,6 +86,8 @@ def compress(
         batch: Images that are run at once where the model leaves the number open.
         input_shapes: Shapes for generated inputs, where no calibration data are given.
         allow_unchanged: Give the model back as it is where no layer can be compressed, instead of an error.
+        tune: Called with each layer's site, view and new form; gives the form of the same size that takes its place, in
+            the model and in what the layers behind it see (`vqonnx.training.tuner`).
         progress: Called with (layers done, layers in all, name of the next).
 
     Raises:
@@ -109,7 +113,7 @@ def compress(
         names = sorted({chosen.id for _, chosen in plan if chosen.needs is Needs.MOMENTS})
         raise OptionError(f"method '{names[0]}' needs calibration data; give --calibration, or choose method pq")
     feeds = None if calibration is None else _Remembering(read_feeds(calibration, inputs, batch=batch))
-    placements, layers = _encode_all(proto, path, plan, skipped, feeds, seed, progress)
+    placements, layers = _encode_all(proto, path, plan, skipped, feeds, seed, tune, progress)
     if not placements and not allow_unchanged:
         why = _why(skipped) or "it has no linear layer"
         raise ModelError(f"{path}: no layer can be compressed ({why}); --allow-unchanged copies it as it is")
@@ -201,6 +205,7 @@ def _encode_all(
     skipped: list[Skipped],
     feeds: Iterable[Mapping[str, Any]] | None,
     seed: int,
+    tune: Tune | None,
     progress: Progress | None,
 ) -> tuple[list[Placement], list[LayerRecord]]:
     """Encode the layers in order; with feeds, each sees its inputs as the compressed layers before it make them."""
@@ -233,6 +238,8 @@ def _encode_all(
             except LeftAlone as reason:
                 skipped.append(Skipped(site.name, str(reason)))
                 continue
+            if tune is not None:
+                form = tune(site, view, form)
             decoded = form.decode()
             if walk is not None:
                 walk.replace(site, view.tensor(decoded))

@@ -98,16 +98,23 @@ class Record:
         methods: Distinct (id, options) in use.
         layers: Compressed layers, in order.
         skipped: Layers that were left alone.
+        distilled: How the codebooks were distilled afterwards; None if they were not.
     """
 
     bytes_before: int
     methods: tuple[tuple[str, dict[str, Any]], ...]
     layers: tuple[Row, ...]
     skipped: tuple[Skipped, ...]
+    distilled: dict[str, Any] | None = None
 
 
 def write_record(
-    model: ModelProto, bytes_before: int, layers: tuple[LayerRecord, ...], skipped: tuple[Skipped, ...]
+    model: ModelProto,
+    bytes_before: int,
+    layers: tuple[LayerRecord, ...],
+    skipped: tuple[Skipped, ...],
+    *,
+    distilled: dict[str, Any] | None = None,
 ) -> None:
     """Keep the record in the model's metadata, in few bytes."""
     methods: list[dict[str, Any]] = []
@@ -118,13 +125,15 @@ def write_record(
             methods.append(method)
         number = methods.index(method)
         rows.append([layer.name, number, layer.op_type, layer.weight_snr_db, layer.output_snr_db, *layer.factors])
-    content = {
+    content: dict[str, Any] = {
         "version": RECORD_VERSION,
         "bytes_before": bytes_before,
         "methods": methods,
         "layers": rows,
         "skipped": [[entry.name, entry.reason] for entry in skipped],
     }
+    if distilled is not None:
+        content["distilled"] = distilled
     erase_record(model)
     model.metadata_props.add(key=KEY, value=json.dumps(content, separators=(",", ":"), ensure_ascii=False))
 
@@ -144,6 +153,7 @@ def read_record(model: ModelProto) -> Record | None:
                 methods,
                 tuple(_row(entry, len(methods)) for entry in content["layers"]),
                 tuple(Skipped(*entry) for entry in content["skipped"]),
+                content.get("distilled"),
             )
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             return None

@@ -79,6 +79,11 @@ def sizes(before: int | None, after: int, path: Path) -> None:
             line("nothing was gained: the layers are too small for codebooks and a decoder; keep the original")
 
 
+def distilled(note: dict[str, Any]) -> None:
+    """How the codebooks were distilled, in one line."""
+    line(f"distilled: {', '.join(f'{name}={_spell(value)}' for name, value in note.items())}")
+
+
 def moved(comparison: Comparison, data: str) -> None:
     """How far the outputs moved, in one line."""
     parts = ["outputs are identical" if comparison.identical else f"outputs at {_decibel(comparison.snr_db)} dB SNR"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto
 
 from vqonnx.errors import ModelError
@@ -87,8 +89,7 @@ class StoredWeight:
         total = 0
         scales = {node.input[2] for node in self.nodes if node.op_type == "Decode"}
         for name in self.constants:
-            values = constant_value(self.scope, name, self.folder)
-            assert values is not None
+            values = self.constant(name)
             no_scales = name in scales and values.size == 1 and values.item() == 1
             if name in counted or values.dtype.kind == "i" or no_scales:
                 continue  # sizes and positions, and the factor 1.0 where there are no scales
@@ -96,10 +97,14 @@ class StoredWeight:
             total += values.nbytes
         return total
 
-    def _numbers(self, name: str) -> list[int]:
+    def constant(self, name: str) -> NDArray[Any]:
+        """The values of one of the constants."""
         values = constant_value(self.scope, name, self.folder)
         assert values is not None
-        return [int(value) for value in np.ravel(values)]
+        return values
+
+    def _numbers(self, name: str) -> list[int]:
+        return [int(value) for value in np.ravel(self.constant(name))]
 
 
 def find_stored(model: ModelProto, folder: str | Path, record: Record | None) -> tuple[StoredWeight, ...]:
