@@ -6,7 +6,7 @@ import csv
 import datetime
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,8 @@ from PIL import Image
 Feed = dict[str, np.ndarray]
 
 _ROOT = Path(__file__).resolve().parent.parent
-_CIFAR_MEAN = np.array([0.485, 0.456, 0.406], np.float32)[:, None, None]
-_CIFAR_STD = np.array([0.229, 0.224, 0.225], np.float32)[:, None, None]
+_RGB_MEAN = np.array([0.485, 0.456, 0.406], np.float32)[:, None, None]
+_RGB_STD = np.array([0.229, 0.224, 0.225], np.float32)[:, None, None]
 
 
 def data_dir() -> Path:
@@ -26,7 +26,7 @@ def data_dir() -> Path:
     for folder in (os.environ.get("VQONNX_DATA"), _ROOT.parent / "shared" / "data"):
         if folder and Path(folder).is_dir():
             return Path(folder)
-    raise SystemExit("no data: set VQONNX_DATA to the folder with models/, cifar10/, imagenet/ and zoo/")
+    raise SystemExit("no data: set VQONNX_DATA to the folder with models/, cifar10/, mnist/, imagenet/ and zoo/")
 
 
 def setting() -> str:
@@ -48,7 +48,7 @@ def cifar_feeds(split: str, count: int, batch: int = 100) -> list[Feed]:
     with Image.open(data_dir() / "cifar10" / f"{split}.webp") as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
     images = pixels.reshape(100, 32, 100, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)[:count]
-    ready = ((images.astype(np.float32) / 255 - _CIFAR_MEAN) / _CIFAR_STD).astype(np.float32)
+    ready = ((images.astype(np.float32) / 255 - _RGB_MEAN) / _RGB_STD).astype(np.float32)
     return [{"input": ready[start : start + batch]} for start in range(0, count, batch)]
 
 
@@ -58,13 +58,43 @@ def cifar_labels() -> np.ndarray:
         return arrays["test"].astype(np.int64)
 
 
+def mnist_feeds(split: str, count: int, batch: int = 500) -> list[Feed]:
+    """Batches of MNIST images of ``train`` (60,000) or ``test`` (10,000), scaled to 0..1.
+
+    Fewer than all are taken evenly from the whole file: in ``train``, images that look alike lie side by side.
+    """
+    ready = _mnist("x", split, count).astype(np.float32) / 255
+    return [{"input": ready[start : start + batch]} for start in range(0, len(ready), batch)]
+
+
+def mnist_labels(split: str = "test", count: int | None = None) -> np.ndarray:
+    """What those images show."""
+    return _mnist("y", split, count).astype(np.int64)
+
+
+def _mnist(kind: str, split: str, count: int | None) -> np.ndarray:
+    with np.load(data_dir() / "mnist" / "mnist.npz") as arrays:
+        whole = arrays[f"{kind}_{split}"]
+    count = len(whole) if count is None else count
+    return whole[np.arange(count) * len(whole) // count]
+
+
 def imagenet_feeds(split: str, count: int, batch: int = 16) -> Iterator[Feed]:
     """Batches of ``calib`` or ``val`` images as the MobileNets want them: RGB / 127.5 - 1, 224 x 224."""
+    return _feeds(split, count, batch, _mobilenet)
+
+
+def torchvision_feeds(split: str, count: int, batch: int = 16) -> Iterator[Feed]:
+    """The same as torchvision's models want them: the middle 224 x 224, RGB / 255, mean and standard deviation."""
+    return _feeds(split, count, batch, _torchvision)
+
+
+def _feeds(split: str, count: int, batch: int, prepare: Callable[[Path], np.ndarray]) -> Iterator[Feed]:
     paths = sorted(
         path for path in (data_dir() / "imagenet" / split).iterdir() if path.suffix.lower() in (".jpg", ".jpeg")
     )
     for start in range(0, min(count, len(paths)), batch):
-        yield {"input": np.stack([_mobilenet(path) for path in paths[start : min(start + batch, count)]])}
+        yield {"input": np.stack([prepare(path) for path in paths[start : min(start + batch, count)]])}
 
 
 def imagenet_val_labels() -> np.ndarray:
@@ -84,6 +114,13 @@ def _mobilenet(path: Path) -> np.ndarray:
         inset = (side - edge) // 2
         cropped = square.crop((inset, inset, inset + edge, inset + edge)).resize((224, 224), Image.Resampling.BILINEAR)
     return (np.asarray(cropped, np.float32) / 127.5 - 1).transpose(2, 0, 1)
+
+
+def _torchvision(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        left, top = (round((size - 224) / 2) for size in image.size)
+        pixels = np.asarray(image.convert("RGB").crop((left, top, left + 224, top + 224)), np.float32)
+    return (pixels.transpose(2, 0, 1) / 255 - _RGB_MEAN) / _RGB_STD
 
 
 def _processor() -> str:

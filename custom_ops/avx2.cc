@@ -83,6 +83,7 @@ struct WordTable {
 
 namespace vqonnx {
 
-const Kernels kAvx2 = {.name = "avx2", .unpack = Unpack, .decode_row = DecodeRow, .transpose = Transpose};
+const Kernels kAvx2 = {
+    .name = "avx2", .unpack = Unpack, .unpack_wide = UnpackWide, .decode_row = DecodeRow, .transpose = Transpose};
 
 }  // namespace vqonnx

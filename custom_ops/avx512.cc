@@ -86,6 +86,7 @@ struct WordTable {
 
 namespace vqonnx {
 
-const Kernels kAvx512 = {.name = "avx512", .unpack = Unpack, .decode_row = DecodeRow, .transpose = Transpose};
+const Kernels kAvx512 = {
+    .name = "avx512", .unpack = Unpack, .unpack_wide = UnpackWide, .decode_row = DecodeRow, .transpose = Transpose};
 
 }  // namespace vqonnx

@@ -126,7 +126,9 @@ Decode::Decode(const Inputs& inputs, std::span<const std::int64_t> perm, const K
     if (value < 1)
       throw Invalid("layout " + Text(layout) + " holds " + Text(value) + "; every value must be at least 1");
   }
-  if (layout[0] > 8) throw Invalid("layout says " + Text(layout[0]) + " bits; a code has 1 to 8");
+  if (layout[0] > static_cast<std::int64_t>(kMaxBits)) {
+    throw Invalid("layout says " + Text(layout[0]) + " bits; a code has 1 to " + Text(kMaxBits));
+  }
   m.bits = static_cast<size_t>(layout[0]);
   cols_ = static_cast<size_t>(layout[1]);
   if (m.words > size_t{1} << m.bits) {
@@ -159,23 +161,28 @@ Decode::Decode(const Inputs& inputs, std::span<const std::int64_t> perm, const K
 
   Coded stored = m;
   stored.codes = static_cast<const std::uint8_t*>(inputs.codes.data);
-  CheckCodes(stored);
+  if (m.bits <= 8) {
+    CheckCodes(stored, kernels_->unpack);
+  } else {
+    CheckCodes(stored, kernels_->unpack_wide);
+  }
   PlanAxes(sizes, perm);
   PlanBlocks();
 }
 
-void Decode::CheckCodes(const Coded& m) const {
+template <class Code>
+void Decode::CheckCodes(const Coded& m, void (*unpack)(const std::uint8_t*, size_t, size_t, size_t, Code*)) const {
   if (m.words == size_t{1} << m.bits) return;
   constexpr size_t kChunk = 512;
-  std::array<std::uint8_t, kChunk> codes;
+  std::array<Code, kChunk> codes;
   const size_t groups = (cols_ - 1) / m.width + 1;
   for (size_t line = 0; line < m.stages * m.rows; ++line) {
     for (size_t group = 0; group < groups; group += kChunk) {
       const size_t byte = group * m.bits / 8;
       const size_t count = std::min(kChunk, groups - group);
-      kernels_->unpack(m.codes + line * m.row_bytes + byte, m.row_bytes - byte, m.bits, count, codes.data());
+      unpack(m.codes + line * m.row_bytes + byte, m.row_bytes - byte, m.bits, count, codes.data());
       const auto end = codes.begin() + static_cast<std::ptrdiff_t>(count);
-      const auto bad = std::find_if(codes.begin(), end, [&](std::uint8_t code) { return code >= m.words; });
+      const auto bad = std::find_if(codes.begin(), end, [&](Code code) { return code >= m.words; });
       if (bad == end) continue;
       throw Invalid("code " + Text(size_t{*bad}) + " at stage " + Text(line / m.rows) + ", row " + Text(line % m.rows) +
                     ", group " + Text(group + static_cast<size_t>(bad - codes.begin())) +

@@ -59,7 +59,9 @@ class Decode {
     kScattered  // anything else: each value finds its own place
   };
 
-  void CheckCodes(const Coded& matrix) const;
+  template <class Code>
+  void CheckCodes(const Coded& matrix,
+                  void (*unpack)(const std::uint8_t*, std::size_t, std::size_t, std::size_t, Code*)) const;
   void PlanAxes(std::span<const std::int64_t> sizes, std::span<const std::int64_t> perm);
   void PlanBlocks();
   std::size_t ColumnStep(std::size_t target) const;

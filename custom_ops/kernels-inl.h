@@ -31,9 +31,38 @@ void Unpack(const std::uint8_t* packed, std::size_t bytes, std::size_t bits, std
   }
 }
 
-// Some blocks of one row, their codes unpacked.
+// Four codes at a time: eight of 16 bits would not fit in a window. The second four of an octet may start within a
+// byte, but only where they have 15 bits or fewer.
+void UnpackWide(const std::uint8_t* packed, std::size_t bytes, std::size_t bits, std::size_t count,
+                std::uint16_t* out) {
+  const std::uint64_t mask = (std::uint64_t{1} << bits) - 1;
+  for (std::size_t done = 0; done < count; done += kOctet / 2) {
+    const std::size_t byte = done * bits / 8;
+    const std::uint64_t window = LoadBits(packed + byte, bytes - byte) >> (done * bits % 8);
+    for (std::size_t i = 0; i < kOctet / 2; ++i) {
+      out[done + i] = static_cast<std::uint16_t>(window >> (i * bits) & mask);
+    }
+  }
+}
+
+// The codes of some blocks of one row and stage: where they are stored, or unpacked into `room`.
+inline const std::uint8_t* ReadCodes(const std::uint8_t* packed, std::size_t bytes, std::size_t bits, std::size_t count,
+                                     std::uint8_t* room) {
+  if (bits == 8) return packed;
+  Unpack(packed, bytes, bits, count, room);
+  return room;
+}
+
+inline const std::uint16_t* ReadCodes(const std::uint8_t* packed, std::size_t bytes, std::size_t bits,
+                                      std::size_t count, std::uint16_t* room) {
+  UnpackWide(packed, bytes, bits, count, room);
+  return room;
+}
+
+// Some blocks of one row, their codes unpacked: to bytes, or to pairs of bytes where they have more than 8 bits.
+template <class Code>
 struct Span {
-  const std::uint8_t* codes[kMaxStages];  // [stages][blocks]
+  const Code* codes[kMaxStages];  // [stages][blocks]
   std::size_t blocks;
   std::size_t cols;  // (blocks - 1) * width < cols <= blocks * width
   std::size_t room;  // cols, and what else of the row follows and may be written for now
@@ -43,7 +72,8 @@ struct Span {
 };
 
 // Blocks `first` and later, one value at a time. For the end of a row, where a vector would reach too far.
-void DecodeExactly(const Coded& m, const Span& span, std::size_t first) {
+template <class Code>
+void DecodeExactly(const Coded& m, const Span<Code>& span, std::size_t first) {
   const std::size_t stage_size = m.books * m.words * m.width;
   for (std::size_t block = first; block < span.blocks; ++block) {
     const float* book = m.codebooks + (span.book + block) % m.books * m.words * m.width;
@@ -59,8 +89,8 @@ void DecodeExactly(const Coded& m, const Span& span, std::size_t first) {
 
 // Whole blocks as kVectors vectors each (0: as many as the width needs) and kStages stages (0: as many as there are).
 // A block's last vector may reach into the next block, which is written later; the caller sees to the end of the room.
-template <class F, std::size_t kVectors, std::size_t kStages>
-void DecodeBlocks(const Coded& m, const Span& span, std::size_t blocks) {
+template <class F, std::size_t kVectors, std::size_t kStages, class Code>
+void DecodeBlocks(const Coded& m, const Span<Code>& span, std::size_t blocks) {
   const std::size_t width = m.width;
   const std::size_t vectors = kVectors ? kVectors : (width + F::kLanes - 1) / F::kLanes;
   const std::size_t stages = kStages ? kStages : m.stages;
@@ -85,8 +115,8 @@ void DecodeBlocks(const Coded& m, const Span& span, std::size_t blocks) {
   }
 }
 
-template <class F, std::size_t kVectors>
-void DecodeSpan(const Coded& m, const Span& span) {
+template <class F, std::size_t kVectors, class Code>
+void DecodeSpan(const Coded& m, const Span<Code>& span) {
   // The vectors of a block write `reach` floats; the fast part ends with the last block for which they stay in the
   // room.
   const std::size_t reach = (m.width + F::kLanes - 1) / F::kLanes * F::kLanes;
@@ -103,7 +133,7 @@ void DecodeSpan(const Coded& m, const Span& span) {
 }
 
 // One column a block and a codebook that fits in registers: binary codes, scalar k-means, powers of two.
-void DecodeScalars(const Coded& m, const Span& span) {
+void DecodeScalars(const Coded& m, const Span<std::uint8_t>& span) {
   const auto scale = Wide::Set(span.scale);
   std::size_t block = 0;
   if (m.stages == 1) {  // the usual case: the table stays in registers
@@ -123,7 +153,7 @@ void DecodeScalars(const Coded& m, const Span& span) {
   DecodeExactly(m, span, block);
 }
 
-// More stages than DecodeRow unpacks beside each other: reads every code where it is.
+// More stages than DecodeCodes unpacks beside each other: reads every code where it is.
 void DecodeManyStages(const Coded& m, std::size_t row, std::size_t group, std::size_t cols, float scale, float* out) {
   const std::size_t mask = (std::size_t{1} << m.bits) - 1;
   for (std::size_t col = 0; col < cols; ++col) {
@@ -132,8 +162,7 @@ void DecodeManyStages(const Coded& m, std::size_t row, std::size_t group, std::s
     const float* word = m.codebooks + block % m.books * m.words * m.width + col % m.width;
     float sum = 0;
     for (std::size_t s = 0; s < m.stages; ++s) {
-      const std::uint8_t* codes = m.codes + (s * m.rows + row) * m.row_bytes;
-      const std::size_t window = codes[byte] | (byte + 1 < m.row_bytes ? std::size_t{codes[byte + 1]} << 8 : 0);
+      const std::uint64_t window = LoadBits(m.codes + (s * m.rows + row) * m.row_bytes + byte, m.row_bytes - byte);
       const float value = word[(window >> (block * m.bits % 8) & mask) * m.width];
       sum = s == 0 ? value : sum + value;
       word += m.books * m.words * m.width;
@@ -142,10 +171,21 @@ void DecodeManyStages(const Coded& m, std::size_t row, std::size_t group, std::s
   }
 }
 
-void DecodeRow(const Coded& m, std::size_t row, std::size_t group, std::size_t cols, float scale, float* out) {
-  if (m.stages > kMaxStages) return DecodeManyStages(m, row, group, cols, scale, out);
-  alignas(64) std::uint8_t unpacked[kMaxStages][kChunk];
-  Span span = {};
+template <class Code>
+void DecodeWords(const Coded& m, const Span<Code>& span) {
+  if constexpr (sizeof(Code) == 1) {  // longer codes are for more words than any table has
+    if (m.width == 1 && m.books == 1 && m.words <= WordTable::kWords) return DecodeScalars(m, span);
+  }
+  if (m.width <= Narrow::kLanes) return DecodeSpan<Narrow, 1>(m, span);
+  if (m.width <= Middle::kLanes) return DecodeSpan<Middle, 1>(m, span);
+  if (m.width <= Wide::kLanes) return DecodeSpan<Wide, 1>(m, span);
+  DecodeSpan<Wide, 0>(m, span);
+}
+
+template <class Code>
+void DecodeCodes(const Coded& m, std::size_t row, std::size_t group, std::size_t cols, float scale, float* out) {
+  alignas(64) Code unpacked[kMaxStages][kChunk];
+  Span<Code> span = {};
   span.scale = scale;
   for (std::size_t left = (cols - 1) / m.width + 1; left > 0; left -= span.blocks, group += span.blocks) {
     span.blocks = left < kChunk ? left : kChunk;
@@ -156,23 +196,18 @@ void DecodeRow(const Coded& m, std::size_t row, std::size_t group, std::size_t c
     const std::size_t byte = group * m.bits / 8;
     for (std::size_t s = 0; s < m.stages; ++s) {
       const std::uint8_t* packed = m.codes + (s * m.rows + row) * m.row_bytes + byte;
-      span.codes[s] = m.bits == 8 ? packed : unpacked[s];
-      if (m.bits != 8) Unpack(packed, m.row_bytes - byte, m.bits, span.blocks, unpacked[s]);
+      span.codes[s] = ReadCodes(packed, m.row_bytes - byte, m.bits, span.blocks, unpacked[s]);
     }
-    if (m.width == 1 && m.books == 1 && m.words <= WordTable::kWords) {
-      DecodeScalars(m, span);
-    } else if (m.width <= Narrow::kLanes) {
-      DecodeSpan<Narrow, 1>(m, span);
-    } else if (m.width <= Middle::kLanes) {
-      DecodeSpan<Middle, 1>(m, span);
-    } else if (m.width <= Wide::kLanes) {
-      DecodeSpan<Wide, 1>(m, span);
-    } else {
-      DecodeSpan<Wide, 0>(m, span);
-    }
+    DecodeWords(m, span);
     out += span.cols;
     cols -= span.cols;
   }
+}
+
+void DecodeRow(const Coded& m, std::size_t row, std::size_t group, std::size_t cols, float scale, float* out) {
+  if (m.stages > kMaxStages) return DecodeManyStages(m, row, group, cols, scale, out);
+  if (m.bits > 8) return DecodeCodes<std::uint16_t>(m, row, group, cols, scale, out);
+  DecodeCodes<std::uint8_t>(m, row, group, cols, scale, out);
 }
 
 // Column by column of tiles, so that the lines of the output are finished one after the other.

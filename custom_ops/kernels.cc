@@ -64,7 +64,7 @@ namespace {
 void CheckedDecodeRow(const Coded& m, std::size_t row, std::size_t group, std::size_t cols, float scale, float* out) {
   assert(row < m.rows && cols >= 1 && group % kOctet == 0);
   assert(m.stages >= 1 && m.books >= 1 && m.words >= 1 && m.width >= 1);
-  assert(1 <= m.bits && m.bits <= 8 && m.words <= std::size_t{1} << m.bits);
+  assert(1 <= m.bits && m.bits <= kMaxBits && m.words <= std::size_t{1} << m.bits);
   assert(((group + (cols - 1) / m.width + 1) * m.bits + 7) / 8 <= m.row_bytes);
   DecodeRow(m, row, group, cols, scale, out);
 }
@@ -133,8 +133,11 @@ static_assert(sizeof(kEntries) / sizeof(kEntries[0]) <= kMaxTables);
 
 }  // namespace
 
-const Kernels kPortable = {
-    .name = "portable", .unpack = Unpack, .decode_row = CheckedDecodeRow, .transpose = Transpose};
+const Kernels kPortable = {.name = "portable",
+                           .unpack = Unpack,
+                           .unpack_wide = UnpackWide,
+                           .decode_row = CheckedDecodeRow,
+                           .transpose = Transpose};
 
 std::size_t UsableKernels(const Kernels** tables) {
   std::size_t count = 0;

@@ -16,6 +16,9 @@ constexpr std::size_t kPad = 32;
 // Codes of one row come in octets: eight codes of b bits are exactly b bytes.
 constexpr std::size_t kOctet = 8;
 
+// The longest code.
+constexpr std::size_t kMaxBits = 16;
+
 // A coded matrix; the words are those of docs/format.md. Sizes and codes have been checked by whoever made the view.
 struct Coded {
   const std::uint8_t* codes;  // [stages, rows, row_bytes]
@@ -27,9 +30,13 @@ struct Coded {
 struct Kernels {
   const char* name;
 
-  // Unpacks `count` codes of `bits` bits from a bit string that starts on a byte and has `bytes` readable bytes.
-  // `out` has room for `count` rounded up to octets; what lies beyond `count` is unspecified.
+  // Unpacks `count` codes of `bits` bits, at most 8, from a bit string that starts on a byte and has `bytes` readable
+  // bytes. `out` has room for `count` rounded up to octets; what lies beyond `count` is unspecified.
   void (*unpack)(const std::uint8_t* packed, std::size_t bytes, std::size_t bits, std::size_t count, std::uint8_t* out);
+
+  // The same for codes of more than 8 bits.
+  void (*unpack_wide)(const std::uint8_t* packed, std::size_t bytes, std::size_t bits, std::size_t count,
+                      std::uint16_t* out);
 
   // Writes the `cols` values of a row that start with block `group`, a multiple of kOctet; the last block may be cut.
   // Writes nothing beyond out[cols - 1].

@@ -111,18 +111,27 @@ void Fill(Sample& sample, Random& random, bool special) {
   for (float& scale : sample.scales) scale = Value(random, special);
 }
 
+size_t PickBits(Random& random) { return Pick(random, 0, 2) ? Pick(random, 1, 8) : Pick(random, 9, vqonnx::kMaxBits); }
+
+// As many as the bits reach, but beyond 256 no more than make codebooks of 256 KB.
+size_t MostWords(const Sample& sample) {
+  constexpr size_t kFloats = 1 << 16;
+  const size_t affordable = std::max<size_t>(256, kFloats / (sample.stages * sample.books * sample.width));
+  return std::min(size_t{1} << sample.bits, affordable);
+}
+
 Sample RandomSample(unsigned seed) {
   Random random(seed);
   Sample sample = {};
   sample.seed = seed;
-  sample.bits = Pick(random, 1, 8);
+  sample.bits = PickBits(random);
   sample.stages = Pick(random, 0, 19) == 0 ? Pick(random, 9, 12) : Pick(random, 1, 3);
   sample.width = Pick(random, 1, 20);
-  sample.words = Pick(random, 0, 1) ? size_t{1} << sample.bits : Pick(random, 1, size_t{1} << sample.bits);
   sample.rows = Pick(random, 1, 4);
   sample.groups = Pick(random, 0, 2) ? Pick(random, 1, 40) : Pick(random, 60, 200);
   const size_t books[] = {1, sample.groups, Pick(random, 1, sample.groups)};
   sample.books = books[Pick(random, 0, 2)];
+  sample.words = Pick(random, 0, 1) ? MostWords(sample) : Pick(random, 1, MostWords(sample));
   sample.cols = sample.groups * sample.width - Pick(random, 0, sample.width - 1);
   Fill(sample, random, true);
   return sample;
@@ -162,11 +171,13 @@ void Fail(const Kernels& kernels, const Sample& sample, const std::string& what)
   ++failures;
 }
 
-void CheckUnpack(const Kernels& kernels, const Sample& sample) {
-  std::vector<std::uint8_t> codes((sample.groups + 7) / 8 * 8, 0xEE);
+template <class Code>
+void CheckUnpack(const Kernels& kernels, const Sample& sample,
+                 void (*unpack)(const std::uint8_t*, size_t, size_t, size_t, Code*)) {
+  std::vector<Code> codes((sample.groups + 7) / 8 * 8, 0xEE);
   for (size_t line = 0; line < sample.stages * sample.rows; ++line) {
     const std::uint8_t* packed = sample.View().codes + line * sample.RowBytes();
-    kernels.unpack(packed, sample.RowBytes(), sample.bits, sample.groups, codes.data());
+    unpack(packed, sample.RowBytes(), sample.bits, sample.groups, codes.data());
     for (size_t group = 0; group < sample.groups; ++group) {
       if (codes[group] != sample.CodeAt(line / sample.rows, line % sample.rows, group)) {
         return Fail(kernels, sample,
@@ -217,7 +228,11 @@ void CheckTranspose(const Kernels& kernels, const Sample& sample) {
 }
 
 void CheckKernels(const Kernels& kernels, const Sample& sample) {
-  CheckUnpack(kernels, sample);
+  if (sample.bits <= 8) {
+    CheckUnpack(kernels, sample, kernels.unpack);
+  } else {
+    CheckUnpack(kernels, sample, kernels.unpack_wide);
+  }
   CheckTranspose(kernels, sample);
   if (&kernels == &vqonnx::kPortable) {
     return CheckRows(kernels, sample, [&](size_t row, size_t col) { return sample.ValueAt(row, col); });
@@ -235,9 +250,8 @@ void CheckPlan(const Kernels& kernels, unsigned seed) {
   Random random(seed);
   Sample sample = {};
   sample.seed = seed;
-  sample.bits = Pick(random, 1, 8);
+  sample.bits = PickBits(random);
   sample.stages = Pick(random, 1, 2);
-  sample.words = Pick(random, 1, size_t{1} << sample.bits);
   sample.width = Pick(random, 1, 9);
   std::vector<std::int64_t> sizes;
   for (size_t n = Pick(random, 1, 5); n > 0; --n)
@@ -250,6 +264,7 @@ void CheckPlan(const Kernels& kernels, unsigned seed) {
   sample.cols = count / sample.rows;
   sample.groups = (sample.cols + sample.width - 1) / sample.width;
   sample.books = Pick(random, 0, 1) ? 1 : sample.groups;
+  sample.words = Pick(random, 1, MostWords(sample));
   Fill(sample, random, false);
   sample.scales.assign(sample.rows, sample.scales[0]);
 
@@ -294,7 +309,8 @@ void Bench(const std::vector<const Kernels*>& tables) {
   };
   const Shape shapes[] = {{8, 1, 4, 576},  {8, 1, 8, 288},  {8, 1, 9, 256},  {8, 1, 16, 144}, {6, 1, 4, 576},
                           {5, 1, 9, 256},  {4, 1, 8, 288},  {8, 2, 8, 288},  {6, 3, 9, 256},  {1, 1, 1, 2304},
-                          {4, 1, 1, 2304}, {5, 2, 1, 2304}, {8, 1, 1, 2304}, {3, 1, 2, 1152}};
+                          {4, 1, 1, 2304}, {5, 2, 1, 2304}, {8, 1, 1, 2304}, {3, 1, 2, 1152}, {11, 1, 4, 576},
+                          {10, 1, 8, 288}, {12, 2, 8, 288}};
   std::printf("GB/s of float32 written (one thread, codes and output in cache)\n%-34s", "");
   for (const Kernels* kernels : tables) std::printf("%10s", kernels->name);
   std::printf("\n");

@@ -1,8 +1,10 @@
-"""Shared by all tests: where the real data lie, and no deadline for hypothesis on a busy machine."""
+"""Shared by all tests: where the real data lie, logging as it was, no deadline for hypothesis on a busy machine."""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,16 @@ from hypothesis import settings
 
 settings.register_profile("vqonnx", deadline=None)
 settings.load_profile("vqonnx")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """`main` sets up logging to the standard error of its time, which a later test no longer has."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,16 +30,6 @@ from vqonnx.methods import METHODS
 Run = Callable[..., tuple[int, str, str]]
 _PROGRESS = re.compile(r"compress: \d+/\d+ \S+")
 BENCH = ("--rounds", "2", "--threads", "1")
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    """`main` sets up logging to the standard error of its time, which a later test no longer has."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.fixture
@@ -402,8 +391,9 @@ def test_a_model_cut_anywhere(share: float, refuse: Any, source: Path, out: Path
         (("--method", "kmeans", "--width", "4"), "method 'kmeans' has no option 'width'; it has order, bits"),
         (("--set", "bit=4"), "method 'pq' has no option 'bit'"),
         (("--set", "bits"), "--set bits: write it as option=value"),
-        (("--bits", "0"), "bits is 0; choose 1 to 8"),
-        (("--bits", "9"), "bits is 9; choose 1 to 8"),
+        (("--bits", "0"), "bits is 0; choose 1 to 12"),
+        (("--bits", "13"), "bits is 13; choose 1 to 12"),
+        (("--method", "kmeans", "--bits", "9"), "bits is 9; choose 1 to 8"),
         (("--bits", "four"), "option bits='four' is not a whole number"),
         (("--bits", ""), "option bits='' is not a whole number"),
         (("--width", "0"), "width is 0; choose 1 to 64"),
@@ -427,6 +417,7 @@ def test_a_model_cut_anywhere(share: float, refuse: Any, source: Path, out: Path
         (("--include", "nothing*"), r"pattern 'nothing\*' matches none of the 5 layers \(conv_w"),
         (("--exclude", "nothing*"), r"pattern 'nothing\*' matches none"),
         (("--exclude", "*"), r"no layer can be compressed \(depth_w: depthwise.*conv_w.*: excluded.*--allow-unchanged"),
+        (("--method", "svd", "--set", "rank=900"), r"conv_w: rank 900 is more than the \d+ of .*; choose 1 to \d+"),
         (("--config", "missing.toml"), r"missing\.toml: cannot be read \(No such file or directory\); give"),
     ],
 )
@@ -441,7 +432,7 @@ def test_bad_options(arguments: tuple[str, ...], says: str, refuse: Any, source:
         ("colour = 3", r"c\.toml: key 'colour' is unknown"),
         ("target = 'gpu'", "target 'gpu' is unknown"),
         ("method = 'magic'", "method 'magic' is unknown"),
-        ("options = { bits = 99 }", "bits is 99; choose 1 to 8"),
+        ("options = { bits = 99 }", "bits is 99; choose 1 to 12"),
         ("seed = -5", "seed is -5"),
         ("[[layer]]\nmatch = 'nothing'\nmethod = 'pq'", "pattern 'nothing' matches none of the 5 layers"),
     ],

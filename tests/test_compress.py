@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache
 from hashlib import sha256
@@ -28,7 +29,7 @@ import vqonnx
 from vqonnx.errors import DataError, ModelError, OptionError
 from vqonnx.graph import find
 from vqonnx.method import Method
-from vqonnx.methods import BGD, PQ, KMeans
+from vqonnx.methods import BGD, PQ, KMeans, Residual
 from vqonnx.place import Target
 from vqonnx.record import KEY, LayerRecord
 from vqonnx.result import Result
@@ -38,6 +39,7 @@ TARGETS: tuple[Target, ...] = ("hybrid", "portable", "custom")
 METHODS: dict[str, Method] = {
     "kmeans": KMeans(bits=2),
     "pq": PQ(width=5, bits=3),
+    "residual": Residual(width=5, bits=2, along="outputs"),
     "bgd": BGD(bits=5, first=True),
 }
 
@@ -131,8 +133,13 @@ def test_every_layer_is_compressed_or_listed(model: Path, method: str, make: Any
 
 @pytest.mark.parametrize(
     "method",
-    [KMeans(bits=3), PQ(width=5, bits=2, books="group"), BGD(width=3, bits=4, order="hwi", first=True)],
-    ids=["kmeans", "pq", "bgd"],
+    [
+        KMeans(bits=3),
+        PQ(width=5, bits=2, books="group"),
+        PQ(width=5, bits=2, books="group", along="outputs"),
+        BGD(width=3, bits=4, order="hwi", first=True),
+    ],
+    ids=["kmeans", "pq", "pq-outputs", "bgd"],
 )
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", nets.SMALL)
@@ -160,6 +167,39 @@ def test_a_codebook_of_the_word_one_is_counted(tmp_path: Path) -> None:
         result.save(tmp_path / "out.onnx")
         assert vqonnx.report(tmp_path / "out.onnx").layers == result.layers, target
         assert result.layers[0].weight_snr_db is None  # no error at all
+
+
+@pytest.mark.parametrize(
+    "method",
+    [PQ(width=3, bits=3), PQ(width=5, bits=2, books="group"), Residual(width=4, bits=2), Residual(width=None, bits=3)],
+    ids=["pq", "pq-group", "residual", "residual-rows"],
+)
+def test_along_outputs_is_along_inputs_of_the_transposed_weight(method: Any, tmp_path: Path) -> None:
+    """The two axes along which Gong et al. 2014 cut a matrix; neither depends on calibration data."""
+    weight = nets.draw((60, 48), 0)
+    stored, records = [], []
+    for name, array, turned, along in (
+        ("outputs", weight, 1, "outputs"),
+        ("outputs-observed", weight, 1, "outputs"),
+        ("matmul", np.ascontiguousarray(weight.T), 0, "outputs"),
+        ("inputs", np.ascontiguousarray(weight.T), 1, "inputs"),
+    ):
+        rows, inputs = array.shape if turned else array.shape[::-1]
+        model = onnx.parser.parse_model(
+            f"""<ir_version: 8, opset_import: ["": 17]>
+            one (float[N, {inputs}] x) => (float[N, {rows}] y) {{ y = Gemm <transB = {turned}> (x, w) }}"""
+        )
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, "w"))
+        source, path = nets.write(model, tmp_path / f"{name}.onnx"), tmp_path / f"{name}-small.onnx"
+        data = [{"x": nets.draw((9, inputs), 1)}] if name == "outputs-observed" else None
+        result = vqonnx.compress(source, replace(method, along=along), calibration=data)
+        result.save(path)
+        stored.append(_stored_arrays(path, result.layers))
+        records.append(result.layers[0])
+    assert stored[0] == stored[1] == stored[2] == stored[3]
+    assert len({(record.bytes, record.weight_snr_db) for record in records}) == 1
+    assert records[0].output_snr_db is None
+    assert records[1].output_snr_db is not None
 
 
 # Seeds

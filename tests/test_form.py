@@ -9,26 +9,26 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vqonnx.errors import FormError
-from vqonnx.form import Blocks, Coded, Dense, Product, code_bits, pack, row_bytes, unpack
+from vqonnx.form import Blocks, Coded, Codes, Dense, Product, code_bits, code_dtype, pack, row_bytes, unpack
 
 # ---------------------------------------------------------------- packing
 
 
-def bit_string(codes: NDArray[np.uint8], bits: int) -> bytes:
+def bit_string(codes: Codes, bits: int) -> bytes:
     """One row by the definition in docs/format.md: code i is bits [i*bits, (i+1)*bits) of one little-endian number."""
     number = sum(int(code) << i * bits for i, code in enumerate(codes))
     return number.to_bytes(-(-len(codes) * bits // 8), "little")
 
 
 @st.composite
-def rows_of_codes(draw: st.DrawFn) -> tuple[int, NDArray[np.uint8]]:
-    bits, rows, groups = draw(st.integers(1, 8)), draw(st.integers(1, 4)), draw(st.integers(1, 40))
+def rows_of_codes(draw: st.DrawFn) -> tuple[int, Codes]:
+    bits, rows, groups = draw(st.integers(1, 16)), draw(st.integers(1, 4)), draw(st.integers(1, 40))
     values = draw(st.lists(st.integers(0, 2**bits - 1), min_size=rows * groups, max_size=rows * groups))
-    return bits, np.array(values, np.uint8).reshape(rows, groups)
+    return bits, np.array(values, np.uint8 if bits <= 8 else np.uint16).reshape(rows, groups)
 
 
 @given(rows_of_codes())
-def test_pack_is_the_bit_string_of_the_format(case: tuple[int, NDArray[np.uint8]]) -> None:
+def test_pack_is_the_bit_string_of_the_format(case: tuple[int, Codes]) -> None:
     bits, codes = case
     packed = pack(codes, bits)
     assert packed.dtype == np.uint8
@@ -38,25 +38,25 @@ def test_pack_is_the_bit_string_of_the_format(case: tuple[int, NDArray[np.uint8]
 
 
 @given(rows_of_codes())
-def test_what_is_packed_unpacks_to_itself(case: tuple[int, NDArray[np.uint8]]) -> None:
+def test_what_is_packed_unpacks_to_itself(case: tuple[int, Codes]) -> None:
     bits, codes = case
     back = unpack(pack(codes, bits), bits, codes.shape[1])
-    assert back.dtype == np.uint8
+    assert back.dtype == codes.dtype
     np.testing.assert_array_equal(back, codes, err_msg=f"bits {bits}")
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", range(1, 17))
 def test_every_length_and_every_code(bits: int) -> None:
     rng = np.random.default_rng(bits)
     for groups in range(1, 70):
-        codes = rng.integers(0, 2**bits, (2, 3, groups)).astype(np.uint8)
+        codes = rng.integers(0, 2**bits, (2, 3, groups)).astype(code_dtype(bits))
         codes[0, 0] = 2**bits - 1
         packed = pack(codes, bits)
         np.testing.assert_array_equal(unpack(packed, bits, groups), codes, err_msg=f"bits {bits}, groups {groups}")
         assert packed[1, 2].tobytes() == bit_string(codes[1, 2], bits), f"bits {bits}, groups {groups}"
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", range(1, 17))
 def test_bits_left_over_at_the_end_are_ignored(bits: int) -> None:
     groups = 5
     packed = pack(np.zeros((1, groups), np.uint8), bits)
@@ -68,19 +68,31 @@ def test_bits_left_over_at_the_end_are_ignored(bits: int) -> None:
 def test_an_example_by_hand() -> None:
     # 3 bits: 5 | 1 << 3 | 7 << 6 = 0b1_1100_1101
     assert pack(np.array([5, 1, 7], np.uint8), 3).tolist() == [0b11001101, 0b1]
+    # 11 bits: 1027 | 2 << 11 = 0b1_0100_0000_0011
+    assert pack(np.array([1027, 2], np.uint16), 11).tolist() == [0b00000011, 0b00010100, 0b0]
 
 
-@pytest.mark.parametrize("bits", [0, 9, -1])
-def test_bits_outside_1_to_8_are_refused(bits: int) -> None:
-    with pytest.raises(FormError, match=rf"bits is {bits}\b.*1 to 8"):
+def test_codes_of_one_byte_need_no_longer_type() -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    for bits in range(8, 17):
+        packed = pack(codes, bits)
+        assert packed.tobytes() == bit_string(codes, bits), f"bits {bits}"
+        np.testing.assert_array_equal(pack(codes.astype(np.uint16), bits), packed, err_msg=f"bits {bits}")
+
+
+@pytest.mark.parametrize("bits", [0, 17, -1])
+def test_bits_outside_1_to_16_are_refused(bits: int) -> None:
+    with pytest.raises(FormError, match=rf"bits is {bits}\b.*1 to 16"):
         pack(np.zeros((1, 1), np.uint8), bits)
-    with pytest.raises(FormError, match=rf"bits is {bits}\b.*1 to 8"):
+    with pytest.raises(FormError, match=rf"bits is {bits}\b.*1 to 16"):
         unpack(np.zeros((1, 1), np.uint8), bits, 1)
 
 
 def test_a_code_that_does_not_fit_is_refused() -> None:
     with pytest.raises(FormError, match=r"code 8 .* 3 bits"):
         pack(np.array([[1, 8]], np.uint8), 3)
+    with pytest.raises(FormError, match=r"code 2048 .* 11 bits"):
+        pack(np.array([[1, 2048]], np.uint16), 11)
 
 
 @pytest.mark.parametrize("stored", [2, 4])
@@ -89,7 +101,7 @@ def test_a_row_of_the_wrong_length_is_refused(stored: int) -> None:
         unpack(np.zeros((1, stored), np.uint8), 3, 8)
 
 
-@given(st.integers(1, 256))
+@given(st.integers(1, 2**16))
 def test_code_bits_is_the_least_that_is_enough(words: int) -> None:
     bits = code_bits(words)
     assert words <= 2**bits
@@ -106,13 +118,13 @@ def coded(draw: st.DrawFn) -> Coded:
     cols = draw(st.integers(1, 17))
     groups = -(-cols // width)
     books = draw(st.integers(1, groups))
-    words = draw(st.sampled_from((1, 2, 3, 5, 16, 17, 255, 256)))
+    words = draw(st.sampled_from((1, 2, 3, 5, 16, 17, 255, 256, 257, 1024, 2047, 65536)))
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     kind = draw(st.sampled_from((np.float16, np.float32)))
     shape = draw(st.sampled_from((None, (rows, 1), (1, 1))))
     scale_kind = draw(st.sampled_from((np.float16, np.float32)))
     return Coded(
-        codes=rng.integers(0, words, (stages, rows, groups)).astype(np.uint8),
+        codes=rng.integers(0, words, (stages, rows, groups)).astype(np.uint16),
         codebooks=rng.normal(size=(stages, books, words, width)).astype(kind),
         cols=cols,
         scales=None if shape is None else rng.normal(size=shape).astype(scale_kind),
@@ -164,6 +176,16 @@ def test_packed_codes_are_the_codes(form: Coded) -> None:
     np.testing.assert_array_equal(unpack(form.packed, form.bits, form.groups), form.codes, err_msg=spell(form))
 
 
+@given(coded(), st.sampled_from((np.uint8, np.uint16)))
+def test_codes_have_the_one_type_that_their_words_need(form: Coded, given: type) -> None:
+    want = np.dtype(np.uint16 if form.words > 256 else np.uint8)
+    assert form.codes.dtype == want, spell(form)
+    if form.codes.max() <= np.iinfo(given).max:
+        again = Coded(form.codes.astype(given), form.codebooks, form.cols, form.scales)
+        assert again.codes.dtype == want, f"given {given.__name__}: {spell(form)}"
+        np.testing.assert_array_equal(again.codes, form.codes)
+
+
 @given(coded())
 def test_names_of_the_sizes(form: Coded) -> None:
     assert form.codes.shape == (form.stages, form.shape[0], form.groups)
@@ -182,14 +204,14 @@ def test_one_stage_takes_one_codebook_or_one_a_group(codebook: NDArray[np.floati
 
 @pytest.mark.parametrize(
     ("rows", "cols", "width", "words"),
-    [(1, 1, 1, 1), (1, 7, 3, 2), (5, 1, 1, 3), (4, 1, 8, 2), (3, 9, 4, 256), (2, 8, 8, 1)],
+    [(1, 1, 1, 1), (1, 7, 3, 2), (5, 1, 1, 3), (4, 1, 8, 2), (3, 9, 4, 256), (2, 8, 8, 1), (3, 9, 4, 300)],
     ids=lambda value: str(value),
 )
 def test_degenerate_sizes(rows: int, cols: int, width: int, words: int) -> None:
     """One row, one column, one word, and a vector longer than a row."""
     rng = np.random.default_rng(rows)
     form = Coded(
-        rng.integers(0, words, (1, rows, -(-cols // width))).astype(np.uint8),
+        rng.integers(0, words, (1, rows, -(-cols // width))).astype(np.uint16),
         rng.normal(size=(1, 1, words, width)).astype(np.float16),
         cols,
     )
@@ -215,7 +237,7 @@ def test_the_parts_that_are_exchanged_below_fit_together() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"codes": np.zeros((2, 3, 3), np.int64)}, r"int64\[2, 3, 3\].*uint8 \[stages, rows, groups\]"),
+        ({"codes": np.zeros((2, 3, 3), np.int64)}, r"int64\[2, 3, 3\].*uint8 or uint16 \[stages, rows, groups\]"),
         ({"codes": np.zeros((3, 3), np.uint8)}, r"uint8\[3, 3\].*\[stages, rows, groups\]"),
         ({"codes": np.zeros((2, 0, 3), np.uint8)}, r"uint8\[2, 0, 3\]"),
         ({"codebooks": np.zeros((2, 1, 4, 3))}, r"codebooks are float64\[2, 1, 4, 3\].*float16 or float32 with 4 axes"),
@@ -224,8 +246,9 @@ def test_the_parts_that_are_exchanged_below_fit_together() -> None:
         ({"codebooks": np.full((2, 1, 4, 3), np.inf, np.float16)}, r"codebooks hold a value that is not finite"),
         ({"codebooks": np.full((2, 1, 4, 3), np.nan, np.float32)}, r"codebooks hold a value that is not finite"),
         ({"codebooks": np.zeros((1, 1, 4, 3), np.float32)}, r"codes have 2 stages, codebooks 1"),
-        ({"codebooks": np.zeros((2, 1, 257, 3), np.float32)}, r"257 words.*256"),
+        ({"codebooks": np.zeros((2, 1, 65537, 3), np.float32)}, r"65537 words.*16 bits reach 65536"),
         ({"codes": np.full((2, 3, 3), 4, np.uint8)}, r"code 4 is beyond the codebook of 4 words"),
+        ({"codes": np.full((2, 3, 3), 256, np.uint16)}, r"code 256 is beyond the codebook of 4 words"),
         ({"cols": 10}, r"3 groups of width 3 do not make 10 columns"),
         ({"cols": 6}, r"3 groups of width 3 do not make 6 columns"),
         ({"cols": 0}, r"3 groups of width 3 do not make 0 columns"),

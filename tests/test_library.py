@@ -101,7 +101,7 @@ def random_form(
     rng = np.random.default_rng(seed)
     groups = -(-cols // width)
     return Coded(
-        codes=rng.integers(0, words, (stages, rows, groups), dtype=np.uint8),
+        codes=rng.integers(0, words, (stages, rows, groups), dtype=np.uint16),
         codebooks=rng.standard_normal((stages, min(books, groups), words, width)).astype(dtype),
         cols=cols,
         scales=None if scales is None else rng.standard_normal((rows, 1)).astype(scales),
@@ -144,7 +144,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("dynamic", [(), INPUTS], ids=["constant", "dynamic"])
 @pytest.mark.parametrize(("rows", "cols", "sizes", "perm"), LAYOUTS)
 def test_layouts(rows: int, cols: int, sizes: tuple[int, ...], perm: tuple[int, ...], dynamic: Collection[str]) -> None:
-    for width, words in ((9, 100), (4, 256), (1, 16)):
+    for width, words in ((9, 100), (4, 256), (1, 16), (4, 2048)):
         form = random_form(rows, rows=rows, cols=cols, width=width, words=words)
         got = Node.of(form, sizes, perm).run(dynamic, threads=2)
         assert_same_bits(got, expected(form, sizes, perm), (width, words))
@@ -157,14 +157,15 @@ def cases(draw: st.DrawFn) -> tuple[Coded, tuple[int, ...], tuple[int, ...]]:
     split = draw(st.integers(0, len(sizes)))
     rows, cols = prod(sizes[:split]), prod(sizes[split:])
     width = draw(st.integers(1, 20))
+    words = draw(st.integers(1, 256) | st.integers(257, 3000))
     form = random_form(
         draw(st.integers(0, 2**32 - 1)),
         stages=draw(st.integers(1, 3) | st.just(9)),
         rows=rows,
         cols=cols,
         width=width,
-        words=draw(st.integers(1, 256)),
-        books=draw(st.sampled_from([1, 2, 10**6])),
+        words=words,
+        books=draw(st.sampled_from([1, 2, 10**6] if words <= 256 else [1, 2])),
         dtype=draw(floats),
         scales=draw(st.none() | floats),
     )
@@ -184,7 +185,7 @@ def test_decode_is_what_the_form_says(
 
 def test_bits_beyond_what_the_words_need() -> None:
     form = random_form(1, words=5)
-    for bits in range(code_bits(5), 9):
+    for bits in range(code_bits(5), 17):
         node = Node.of(form, (4, 72), (0, 1)).with_layout(bits, 72, 4, 72)
         node = replace(node, codes=pack(form.codes, bits))
         assert_same_bits(node.run(), form.decode(), bits)
@@ -243,11 +244,11 @@ def test_a_constant_of_the_outer_graph_inside_a_branch() -> None:
 GOOD = Node.of(random_form(5, stages=2, rows=4, cols=70, words=128), (4, 7, 10), (0, 2, 1))
 
 
-def _with_code(stage: int, row: int, group: int, code: int) -> Node:
-    form = random_form(6, stages=2, rows=4, cols=70, words=130)
+def _with_code(stage: int, row: int, group: int, code: int, words: int = 130) -> Node:
+    form = random_form(6, stages=2, rows=4, cols=70, words=words)
     codes = form.codes.copy()
     codes[stage, row, group] = code
-    return replace(Node.of(form, (4, 7, 10), (0, 2, 1)), codes=pack(codes, 8))
+    return replace(Node.of(form, (4, 7, 10), (0, 2, 1)), codes=pack(codes, code_bits(words)))
 
 
 def _cut(array: NDArray[Any], axis: int, size: int) -> NDArray[Any]:
@@ -287,7 +288,8 @@ REFUSED = [
     pytest.param(GOOD.with_layout(7, 70, 4, 70), "4 values; .*3 axes .*5", id="layout-short"),
     pytest.param(GOOD.with_layout(7), "1 values; .*3 axes .*5", id="layout-very-short"),
     pytest.param(GOOD.with_layout(0, 70, 4, 7, 10), "holds 0; .*at least 1", id="bits-0"),
-    pytest.param(GOOD.with_layout(9, 70, 4, 7, 10), "9 bits; .*1 to 8", id="bits-9"),
+    pytest.param(GOOD.with_layout(9, 70, 4, 7, 10), "has 8 bytes.* 9 groups .* 9 bits", id="bits-9"),
+    pytest.param(GOOD.with_layout(17, 70, 4, 7, 10), "17 bits; .*1 to 16", id="bits-17"),
     pytest.param(GOOD.with_layout(2**62, 70, 4, 7, 10), f"{2**62} bits", id="bits-huge"),
     pytest.param(GOOD.with_layout(7, 64, 4, 8, 8), r"8 bytes.* 8 groups \(64 columns of width 8\)", id="cols-small"),
     pytest.param(GOOD.with_layout(7, 0, 4, 7, 10), "holds 0;", id="cols-0"),
@@ -301,6 +303,8 @@ REFUSED = [
     pytest.param(GOOD.with_layout(7, 70, 2**63 - 1, 3, 4), f"{2**63 - 1}, 3, 4", id="sizes-huge"),
     pytest.param(_with_code(0, 0, 0, 130), "code 130 at stage 0, row 0, group 0 .* 130 words", id="first-code"),
     pytest.param(_with_code(1, 3, 8, 255), "code 255 at stage 1, row 3, group 8 .* 130 words", id="last-code"),
+    pytest.param(_with_code(0, 0, 0, 1500, words=1500), "code 1500 at stage 0, row 0, .* 1500 words", id="first-wide"),
+    pytest.param(_with_code(1, 3, 8, 2047, words=1500), "code 2047 at stage 1, row 3, .* 1500 words", id="last-wide"),
 ]
 
 
@@ -390,7 +394,7 @@ def _run_isa(isa: str, *paths: Path) -> subprocess.CompletedProcess[bytes]:
 
 @pytest.mark.parametrize("isa", ["", *ISAS])
 def test_every_instruction_set_decodes_the_same(isa: str, tmp_path: Path) -> None:
-    sizes = [(w, bits, stages) for w in (1, 2, 4, 8, 9, 16, 17) for bits in (1, 4, 5, 8) for stages in (1, 2)]
+    sizes = [(w, bits, stages) for w in (1, 2, 4, 8, 9, 16, 17) for bits in (1, 4, 5, 8, 11, 13) for stages in (1, 2)]
     forms = [random_form(i, cols=9 * 34, width=w, words=2**b, stages=s) for i, (w, b, s) in enumerate(sizes)]
     paths = [tmp_path / f"{i}.onnx" for i in range(len(forms))]
     for path, form in zip(paths, forms, strict=True):
@@ -457,7 +461,7 @@ def test_an_older_onnxruntime_is_told_what_is_missing() -> None:
 
 
 def test_row_bytes_agree_with_the_kernel() -> None:
-    for bits in range(1, 9):
+    for bits in range(1, 17):
         for cols in range(1, 20):
             form = random_form(bits, rows=3, cols=cols, width=1, words=2**bits)
             node = Node.of(form, (3, cols), (1, 0))

@@ -70,7 +70,7 @@ OPSETS = range(ops.OLDEST_OPSET, NEWEST + 1)
 
 @st.composite
 def forms(draw: st.DrawFn) -> Coded:
-    bits, stages = draw(st.integers(1, 8)), draw(st.integers(1, 3))
+    bits, stages = draw(st.one_of(st.integers(1, 8), st.integers(9, 16))), draw(st.integers(1, 3))
     words = draw(st.integers(2 ** (bits - 1) + 1 if bits > 1 else 1, 2**bits))
     rows, width = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     groups = draw(st.one_of(st.integers(1, 9), st.sampled_from([255, 256, 257, 515])))
@@ -108,7 +108,7 @@ def random_form(
         return np.where(rng.random(shape) < 0.1, special, spread)
 
     form = Coded(
-        rng.integers(0, codebooks[2], codes).astype(np.uint8),
+        rng.integers(0, codebooks[2], codes).astype(np.uint16),
         values(codebooks, dtype),
         cols,
         None if scales is None else values(scales, scale_dtype),
@@ -207,7 +207,7 @@ def test_a_body_for_several_forms_reads_each(form: Coded, opset: int) -> None:
     model = empty_model(opset, nodes, writer.constants, form.shape)
     model.functions.extend(functions)
     outputs = run(open_session(model.SerializeToString()), ONE)
-    assert len(outputs) == 2 ** len(fields(Features)) == 32
+    assert len(outputs) == 2 ** len(fields(Features)) == 64
     assert_same_bits(outputs, form.decode(), Features.of(form))
 
 
@@ -229,9 +229,10 @@ def test_stages_are_summed_first_to_last(stages: int, sizes: tuple[int, int], op
 SHAPES = {
     "plain": {"codes": (1, 4, 6), "codebooks": (1, 1, 200, 2), "cols": 12},
     "packed": {"codes": (1, 4, 6), "codebooks": (1, 1, 5, 2), "cols": 12, "scales": (4, 1)},
+    "wide": {"codes": (1, 4, 6), "codebooks": (1, 1, 1500, 2), "cols": 12},
     "several": {"codes": (2, 4, 6), "codebooks": (2, 3, 200, 2), "cols": 12},
     "tail": {"codes": (1, 4, 6), "codebooks": (1, 1, 200, 2), "cols": 11, "dtype": np.float16},
-    "all": {"codes": (3, 4, 6), "codebooks": (3, 6, 9, 2), "cols": 11, "scales": (4, 1), "dtype": np.float16},
+    "all": {"codes": (3, 4, 6), "codebooks": (3, 6, 300, 2), "cols": 11, "scales": (4, 1), "dtype": np.float16},
 }
 
 
@@ -249,6 +250,7 @@ def test_onnxruntime_folds_everything(shape: str, opset: int, tmp_path: Path) ->
 def test_steps_that_nothing_needs_are_left_out(opset: int) -> None:
     lengths = {shape: len(decode_function(opset, features_of(shape)).node) for shape in SHAPES}
     assert lengths["plain"] < min(lengths["packed"], lengths["several"], lengths["tail"])
+    assert lengths["packed"] < lengths["wide"]
     guard = Features(guarded=True)
     assert max(lengths.values()) == lengths["all"]
     assert len(decode_function(opset, features_of("all") | guard).node) == len(decode_function(opset).node)
@@ -261,13 +263,14 @@ def features_of(shape: str) -> Features:
 
 
 def test_features_say_what_a_form_needs() -> None:
-    flags = {shape: (f.packed, f.several, f.tail, f.scaled) for shape in SHAPES for f in [features_of(shape)]}
+    flags = {shape: (f.packed, f.wide, f.several, f.tail, f.scaled) for shape in SHAPES for f in [features_of(shape)]}
     assert flags == {
-        "plain": (False, False, False, False),
-        "packed": (True, False, False, True),
-        "several": (False, True, False, False),
-        "tail": (False, False, True, False),
-        "all": (True, True, True, True),
+        "plain": (False, False, False, False, False),
+        "packed": (True, False, False, False, True),
+        "wide": (True, True, False, False, False),
+        "several": (False, False, True, False, False),
+        "tail": (False, False, False, True, False),
+        "all": (True, True, True, True, True),
     }
 
 

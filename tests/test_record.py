@@ -24,6 +24,7 @@ layers = st.builds(
     bytes=st.integers(1, 10**9),
     weight_snr_db=decibels,
     output_snr_db=decibels,
+    factors=st.just(()) | st.tuples(texts, texts),
 )
 
 
@@ -38,7 +39,8 @@ def test_what_is_written_is_read(before: int, made: list[LayerRecord], left: lis
     assert (record.bytes_before, record.skipped) == (before, tuple(left))
     assert len(record.methods) == len({json.dumps(method, sort_keys=True) for method in record.methods})
     for layer, row in zip(made, record.layers, strict=True):
-        assert row == Row(layer.name, row.method, layer.op_type, layer.weight_snr_db, layer.output_snr_db)
+        errors = layer.weight_snr_db, layer.output_snr_db
+        assert row == Row(layer.name, row.method, layer.op_type, *errors, layer.factors)
         assert record.methods[row.method] == (layer.method, layer.options)
     assert [(entry.key, entry.value) for entry in model.metadata_props if entry.key != KEY] == [("author", "somebody")]
     erase_record(model)
@@ -50,7 +52,7 @@ GOOD = {
     "version": 1,
     "bytes_before": 5,
     "methods": [{"id": "pq", "bits": 4}],
-    "layers": [["w", 0, "Gemm", 1.5, None]],
+    "layers": [["w", 0, "Gemm", 1.5, None], ["u", 0, "Conv", None, None, "vq0", "vq1"]],
     "skipped": [["v", "excluded"]],
 }
 
@@ -58,10 +60,11 @@ GOOD = {
 def test_the_metadata_are_as_documented() -> None:
     model = ModelProto()
     model.metadata_props.add(key=KEY, value=json.dumps(GOOD))
-    row = Row("w", 0, "Gemm", 1.5, None)
-    assert read_record(model) == Record(5, (("pq", {"bits": 4}),), (row,), (Skipped("v", "excluded"),))
-    layer = LayerRecord("w", "Gemm", (2, 2), "pq", {"bits": 4}, 7, 1.5, None)
-    write_record(model, 5, (layer,), (Skipped("v", "excluded"),))
+    rows = Row("w", 0, "Gemm", 1.5, None), Row("u", 0, "Conv", None, None, ("vq0", "vq1"))
+    assert read_record(model) == Record(5, (("pq", {"bits": 4}),), rows, (Skipped("v", "excluded"),))
+    whole = LayerRecord("w", "Gemm", (2, 2), "pq", {"bits": 4}, 7, 1.5, None)
+    split = LayerRecord("u", "Conv", (2, 2, 1), "pq", {"bits": 4}, 7, None, None, 0.5, ("vq0", "vq1"))
+    write_record(model, 5, (whole, split), (Skipped("v", "excluded"),))
     assert [json.loads(entry.value) for entry in model.metadata_props] == [GOOD]
 
 
@@ -77,6 +80,7 @@ def test_the_metadata_are_as_documented() -> None:
         json.dumps(GOOD | {"layers": {"w": [0, "Gemm", None, None]}}),
         json.dumps(GOOD | {"layers": [["w", 1, "Gemm", None, None]]}),
         json.dumps(GOOD | {"layers": [["w", "0", "Gemm", None, None]]}),
+        json.dumps(GOOD | {"layers": [["w", 0, "Gemm", None, None, "left"]]}),
         json.dumps(GOOD | {"methods": [3]}),
         json.dumps(GOOD | {"bytes_before": None}),
         json.dumps(GOOD | {"skipped": [["v"]]}),

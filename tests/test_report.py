@@ -29,6 +29,7 @@ LAYER_KEYS = [
     "bytes",
     "weight_snr_db",
     "output_snr_db",
+    "multiplications",
 ]
 
 
@@ -66,6 +67,7 @@ def test_the_promised_keys(target: Target, tmp_path: Path) -> None:
         assert layer["op_type"] == operators.get(name, "MatMul")
         assert layer["method"] == "kmeans"
         assert layer["options"] == {"order": "ihw", "bits": 3, "codebook": "float16"}
+        assert layer["multiplications"] == 1
         assert layer["bits_per_weight"] == round(8 * layer["bytes"] / np.prod(layer["shape"]), 4)
         assert 3 <= layer["bits_per_weight"] < 5, name
         # Eight values for a normal distribution: 14.6 dB with an unlimited number of weights, more with few.

@@ -3,7 +3,8 @@
 from vqonnx.compress import Override, compress
 from vqonnx.errors import DataError, FormError, InputError, ModelError, OptionError, VerifyError, VqonnxError
 from vqonnx.expand import expand
-from vqonnx.methods import BGD, DQC, METHODS, PQ, SVD, Binary, KMeans, Residual
+from vqonnx.methods import BGD, DQC, METHODS, PQ, SVD, Best, Binary, KMeans, Residual
+from vqonnx.published import Imported, import_kill_the_bits
 from vqonnx.report import Report, report
 from vqonnx.result import Result, Saved
 from vqonnx.runtime import get_library_path
@@ -15,10 +16,12 @@ __all__ = [
     "METHODS",
     "PQ",
     "SVD",
+    "Best",
     "Binary",
     "Comparison",
     "DataError",
     "FormError",
+    "Imported",
     "InputError",
     "KMeans",
     "ModelError",
@@ -34,5 +37,6 @@ __all__ = [
     "compress",
     "expand",
     "get_library_path",
+    "import_kill_the_bits",
     "report",
 ]

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, cast, get_args
@@ -28,6 +29,7 @@ from vqonnx.labels import read_labels
 from vqonnx.method import Method
 from vqonnx.methods import METHODS, method_by_name
 from vqonnx.place import Target
+from vqonnx.published import import_kill_the_bits
 from vqonnx.report import report, sizes_json
 from vqonnx.verify import compare, junit
 
@@ -83,7 +85,7 @@ def _terminable() -> Iterator[None]:
 def _compress(options: argparse.Namespace) -> int:
     config = read_config(options.config) if options.config else Config()
     modelfile.check_output(options.output, options.model)
-    with _progress(options) as progress:
+    with _progress(options, "compress") as progress:
         result = compress(
             options.model,
             _method(options, config),
@@ -139,6 +141,44 @@ def _method(options: argparse.Namespace, config: Config) -> Method | None:
     return method_by_name(name or ("pq" if options.calibration is None else "bgd"), values)
 
 
+def _distill(options: argparse.Namespace) -> int:
+    try:
+        from vqonnx.training.distill import distill
+        from vqonnx.training.recipe import Recipe
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise OptionError("distill needs PyTorch; install it with: pip install 'vqonnx[distill]'") from error
+    modelfile.check_output(options.output, options.original)
+    modelfile.check_output(options.output, options.compressed)
+    names = [field.name for field in fields(Recipe) if getattr(options, field.name, None) is not None]
+    recipe = Recipe(**{name: getattr(options, name) for name in names})
+    checkpoint = None if options.checkpoint is None else Path(options.checkpoint)
+    with _progress(options, "distill") as progress:
+        made = distill(
+            options.original,
+            options.compressed,
+            options.calibration,
+            recipe,
+            checkpoint=checkpoint,
+            device=options.device,
+            progress=progress and (lambda done, total, text: progress(done - 1, total, text)),
+        )
+    saved = made.save(options.output, verify=not options.no_verify)
+    if options.json:
+        content = sizes_json(made.result.bytes_before, saved.bytes, made.result.layers, made.result.skipped)
+        content["loss"] = {"before": made.loss_before, "after": made.loss_after}
+        content["verify"] = None if saved.comparison is None else saved.comparison.to_json()
+        _print_json(content)
+    elif not options.quiet:
+        show.layers(made.result.layers)
+        show.sizes(made.result.bytes_before, saved.bytes, saved.path)
+        show.line(f"loss {made.loss_before:.4g} -> {made.loss_after:.4g}")
+        if saved.comparison is not None:
+            show.moved(saved.comparison, "calibration data")
+    return _FAILED if made.diverged else 0
+
+
 def _verify(options: argparse.Namespace) -> int:
     _check_models(options)
     feeds = options.data or generate_feeds(options.original, shapes=_shapes(options.input_shapes), seed=0)
@@ -174,6 +214,8 @@ def _report(options: argparse.Namespace) -> int:
         show.layers(found.layers)
         show.skipped(found.skipped)
         show.sizes(found.bytes_before, found.bytes_after, Path(options.model))
+        if found.distilled is not None:
+            show.distilled(found.distilled)
     return 0
 
 
@@ -181,6 +223,21 @@ def _expand(options: argparse.Namespace) -> int:
     count = expand(options.model, options.output)
     if not options.quiet:
         show.line(f"{options.output}: {count} weights decoded, {modelfile.file_bytes(options.output):,} bytes")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    modelfile.check_output(options.output, options.model)
+    shapes, target = _shapes(options.input_shapes), _target(options.target)
+    result = import_kill_the_bits(options.checkpoint, options.model, target=target, input_shapes=shapes)
+    saved = result.save(options.output)
+    paper = result.checkpoint.paper_mib
+    if options.json:
+        _print_json({**sizes_json(result.bytes_before, saved.bytes, result.layers, ()), "paper_mib": paper})
+    elif not options.quiet:
+        show.layers(result.layers)
+        show.sizes(result.bytes_before, saved.bytes, saved.path)
+        show.line(f"by the paper's rule {paper:.3f} MiB; the file has {saved.bytes / 2**20:.3f} MiB")
     return 0
 
 
@@ -232,11 +289,11 @@ def _print_json(content: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _progress(options: argparse.Namespace) -> Iterator[Progress | None]:
+def _progress(options: argparse.Namespace, title: str) -> Iterator[Progress | None]:
     if options.quiet:
         yield None
         return
-    with show.progress("compress") as update:
+    with show.progress(title) as update:
         yield update
 
 
@@ -278,6 +335,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--allow-unchanged", action="store_true", help="copy a model in which nothing can be compressed")
     add("--json", action="store_true", help="print JSON")
 
+    add = _command(commands, "distill", _distill, "move the codebooks of a compressed model towards the original")
+    add("original", metavar="ORIGINAL")
+    add("compressed", metavar="COMPRESSED")
+    add("output", metavar="OUT")
+    add("--calibration", metavar="PATH", required=True, help="unlabelled inputs: .npz, or a folder of them")
+    add("--steps", type=int, metavar="N", help="steps for all codebooks (default nine passes over the inputs)")
+    add("--rate", type=float, metavar="R", help="their learning rate")
+    add("--layer-steps", type=int, metavar="N", help="steps for each layer before (default a quarter of a pass)")
+    add("--layer-rate", type=float, metavar="R", help="their learning rate")
+    add("--batch", type=int, metavar="N", help="images of a step (default 128)")
+    add("--loss", metavar="L", help="kl for classifiers (default), mse for anything")
+    add("--gradient", metavar="G", help="of a codeword: mean over its blocks (default) or sum")
+    add("--biases", action="store_true", default=None, help="move biases as well")
+    add("--seed", type=int, metavar="N", help="same seed, same bytes on one thread (default 0)")
+    add("--checkpoint", metavar="FILE", help="keep the state here, and go on from it")
+    add("--device", default="cpu", metavar="D", help="where PyTorch computes (default cpu)")
+    add("--no-verify", action="store_true", help="do not load and run the written model")
+    add("--json", action="store_true", help="print JSON")
+
     add = _command(commands, "verify", _verify, "compare two models on the same inputs")
     add("original", metavar="ORIGINAL")
     add("compressed", metavar="COMPRESSED")
@@ -301,6 +377,16 @@ def _parser() -> argparse.ArgumentParser:
     add = _command(commands, "expand", _expand, "turn a compressed model back into a plain one")
     add("model", metavar="IN")
     add("output", metavar="OUT")
+
+    add = _command(
+        commands, "import-kill-the-bits", _import, "put a checkpoint of Stock et al. 2020 into an ONNX model"
+    )
+    add("checkpoint", metavar="CHECKPOINT", help="the published .pth file (read with torch)")
+    add("model", metavar="MODEL", help="ONNX model of the same network, batch normalisation folded")
+    add("output", metavar="OUT", help="the compressed model")
+    add("--target", metavar="T", default="hybrid", help=f"{', '.join(get_args(Target))} (default hybrid)")
+    add("--input-shapes", metavar="NAME:SHAPE", nargs="+", default=[], help="for generated inputs: name:1x3x224x224")
+    add("--json", action="store_true", help="print JSON")
 
     add = _command(commands, "bench", _bench, "latency and memory of two models")
     add("original", metavar="ORIGINAL")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 ITERATIONS = 60
 _RESEED_ROUNDS = 8
@@ -49,7 +50,7 @@ def kmeans(
     if distinct is not None and inverse is not None:
         return Clusters(distinct, inverse)
     model = KMeans(words, n_init=1, max_iter=ITERATIONS, tol=1e-5, random_state=seed)
-    with threadpool_limits(limits=1), warnings.catch_warnings():
+    with _threads().limit(limits=1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # words that coincide are put elsewhere below
         model.fit(points, sample_weight=weights)
     return _without_empty(points, model.cluster_centers_.astype(np.float32), model.labels_.astype(np.int64), weights)
@@ -84,10 +85,17 @@ def nearest(points: NDArray[np.floating], words: NDArray[Any]) -> NDArray[np.int
     words = words.astype(np.float32)
     half = 0.5 * np.einsum("kd,kd->k", words, words)
     labels = np.empty(len(points), np.int64)
-    for start in range(0, len(points), 65536):  # 64 MB of distances at a time for 256 words
-        chunk = points[start : start + 65536].astype(np.float32)
-        labels[start : start + 65536] = np.argmin(half - chunk @ words.T, axis=1)
+    step = min(65536, 2**24 // len(words))  # 64 MB of distances at a time, or less
+    for start in range(0, len(points), step):
+        chunk = points[start : start + step].astype(np.float32)
+        labels[start : start + step] = np.argmin(half - chunk @ words.T, axis=1)
     return labels
+
+
+@cache
+def _threads() -> ThreadpoolController:
+    """The libraries with threads that scikit-learn has loaded; finding them takes as long as a small clustering."""
+    return ThreadpoolController()
 
 
 def _distinct(

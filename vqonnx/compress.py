@@ -19,6 +19,7 @@ from vqonnx import modelfile
 from vqonnx.bias import Bias, prepare
 from vqonnx.bias import store as store_biases
 from vqonnx.calibrate import Walk
+from vqonnx.dual import DualWalk
 from vqonnx.errors import ModelError, OptionError
 from vqonnx.feeds import read_feeds
 from vqonnx.form import Form
@@ -28,7 +29,7 @@ from vqonnx.method import Layer, LeftAlone, Method, Needs
 from vqonnx.methods import BGD, PQ
 from vqonnx.moments import Moments, snr_db
 from vqonnx.ops import DOMAIN
-from vqonnx.paired import PairedWalk
+from vqonnx.pair import multiplications
 from vqonnx.place import Placement, Target, place
 from vqonnx.record import KEY, LayerRecord, write_record
 from vqonnx.result import Result
@@ -44,6 +45,7 @@ _SEEDS = 2**31  # each layer adds to the seed, and scikit-learn takes less than 
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
+Tune = Callable[[Site, View, Form], Form]
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def compress(
     batch: int = 16,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     allow_unchanged: bool = False,
+    tune: Tune | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Replace the weights of a model by codes and codebooks.
@@ -86,6 +89,8 @@ def compress(
         batch: Images that are run at once where the model leaves the number open.
         input_shapes: Shapes for generated inputs, where no calibration data are given.
         allow_unchanged: Give the model back as it is where no layer can be compressed, instead of an error.
+        tune: Called with each layer's site, view and new form; gives the form of the same size that takes its place, in
+            the model and in what the layers behind it see (`vqonnx.training.tuner`).
         progress: Called with (layers done, layers in all, name of the next).
 
     Raises:
@@ -111,13 +116,14 @@ def compress(
         names = sorted({chosen.id for _, chosen in plan if chosen.needs is Needs.MOMENTS})
         raise OptionError(f"method '{names[0]}' needs calibration data; give --calibration, or choose method pq")
     feeds = None if calibration is None else _Remembering(read_feeds(calibration, inputs, batch=batch))
-    placements, layers = _encode_all(proto, path, plan, skipped, feeds, seed, progress)
+    placements, layers = _encode_all(proto, path, plan, skipped, feeds, seed, tune, progress)
     if not placements and not allow_unchanged:
         why = _why(skipped) or "it has no linear layer"
         raise ModelError(f"{path}: no layer can be compressed ({why}); --allow-unchanged copies it as it is")
     before = modelfile.file_bytes(path)
     if placements:
-        place(proto, placements, target)
+        factors = place(proto, placements, target)
+        layers = [replace(layer, factors=names) for layer, names in zip(layers, factors, strict=True)]
         write_record(proto, before, tuple(layers), tuple(skipped))
     check = generate_feeds(path, shapes=input_shapes, seed=seed) if feeds is None else feeds.first()
     return Result(proto, tuple(layers), tuple(skipped), target, path, before, check)
@@ -202,16 +208,17 @@ def _encode_all(
     skipped: list[Skipped],
     feeds: Iterable[Mapping[str, Any]] | None,
     seed: int,
+    tune: Tune | None,
     progress: Progress | None,
 ) -> tuple[list[Placement], list[LayerRecord]]:
     """Encode the layers in order; with feeds, each sees its inputs as the compressed layers before it make them."""
     sites = [site for site, _ in plan]
     placements, layers = [], []
     biases: dict[str, Bias] = {}
-    walking: Walk | PairedWalk | nullcontext[None] = nullcontext()
+    walking: Walk | DualWalk | nullcontext[None] = nullcontext()
     if feeds is not None and any(method.pairs for _, method in plan):
         biases = prepare(proto, [site for site, method in plan if method.pairs], path.parent)
-        walking = PairedWalk(proto, path.parent, sites, feeds, seed=seed)
+        walking = DualWalk(proto, path.parent, sites, feeds, seed=seed)
     elif feeds is not None and plan:
         walking = Walk(proto, path.parent, sites, feeds, seed=seed)
     with walking as walk:
@@ -221,7 +228,7 @@ def _encode_all(
             view = site.view(method.view_order)
             weight = view.matrix(site.read())
             moments, cross = None, None
-            if isinstance(walk, PairedWalk) and walk.can_observe(site):
+            if isinstance(walk, DualWalk) and walk.can_observe(site):
                 moments, cross = walk.observe(site, method.order)
             elif isinstance(walk, Walk) and walk.can_observe(site):
                 moments = walk.observe(site, method.order)
@@ -243,10 +250,12 @@ def _encode_all(
             except LeftAlone as reason:
                 skipped.append(Skipped(site.name, str(reason)))
                 continue
+            if tune is not None:
+                form = tune(site, view, form)
             decoded = form.decode()
             if walk is not None:
                 walk.replace(site, view.tensor(decoded))
-            if isinstance(walk, PairedWalk) and method.pairs and site.name in biases and moments and cross:
+            if isinstance(walk, DualWalk) and method.pairs and site.name in biases and moments and cross:
                 seen = site.view(method.order)  # rows are outputs, whatever the method's own view
                 before, after = (seen.matrix(view.tensor(matrix)) for matrix in (weight, decoded))
                 walk.set_constant(biases[site.name].shift(cross.lost(before, after, moments)))
@@ -287,4 +296,5 @@ def _record(
         bytes=form.nbytes,
         weight_snr_db=None if weight is None else round(weight, 2),
         output_snr_db=None if output is None else round(output, 2),
+        multiplications=multiplications(site, view, form).share,
     )

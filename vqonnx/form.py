@@ -8,24 +8,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vqonnx.errors import FormError
 
-MAX_BITS = 8
+MAX_BITS = 16
 
 Matrix = NDArray[np.float32]
+Codes = NDArray[np.unsignedinteger[Any]]  # uint8 or uint16
+Apply = Literal["weights", "activations", "cheaper"]
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
 
 
 def code_bits(words: int) -> int:
     """Bits that one code takes when a codebook has ``words`` words: at least 1.
 
-    >>> [code_bits(words) for words in (1, 2, 3, 16, 17, 256)]
-    [1, 1, 2, 4, 5, 8]
+    >>> [code_bits(words) for words in (1, 2, 3, 16, 17, 256, 2048)]
+    [1, 1, 2, 4, 5, 8, 11]
     """
     return max(1, (words - 1).bit_length())
 
@@ -35,27 +37,32 @@ def row_bytes(groups: int, bits: int) -> int:
     return -(-groups * bits // 8)
 
 
-def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+def code_dtype(bits: int) -> type[np.uint8] | type[np.uint16]:
+    """The type that holds codes of ``bits`` bits in memory: uint8 up to 8 bits, uint16 beyond."""
+    return np.uint8 if bits <= 8 else np.uint16
+
+
+def pack(codes: Codes, bits: int) -> NDArray[np.uint8]:
     """Pack codes ``[..., groups]`` into little-endian bit strings ``[..., row_bytes]``.
 
     Code ``i`` of a row is the bits ``[i*bits, (i+1)*bits)`` of the row's bytes, lowest bit first; the rest is zero.
 
     Raises:
-        FormError: ``bits`` is not 1..8, or a code needs more than that.
+        FormError: ``bits`` is not 1..16, or a code needs more than that.
     """
     if not 1 <= bits <= MAX_BITS:
         raise FormError(f"bits is {bits}; choose 1 to {MAX_BITS}")
     if codes.size and int(codes.max()) >> bits:
         raise FormError(f"code {int(codes.max())} does not fit in {bits} bits")
-    planes = codes[..., None] >> np.arange(bits, dtype=np.uint8) & np.uint8(1)
+    planes = codes[..., None] >> np.arange(bits).astype(codes.dtype) & 1
     return np.packbits(planes.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
 
 
-def unpack(packed: NDArray[np.uint8], bits: int, groups: int) -> NDArray[np.uint8]:
-    """Undo `pack`: bit strings ``[..., row_bytes]`` to codes ``[..., groups]``.
+def unpack(packed: NDArray[np.uint8], bits: int, groups: int) -> Codes:
+    """Undo `pack`: bit strings ``[..., row_bytes]`` to codes ``[..., groups]`` of the type `code_dtype`.
 
     Raises:
-        FormError: ``bits`` is not 1..8, or the rows do not have `row_bytes` bytes.
+        FormError: ``bits`` is not 1..16, or the rows do not have `row_bytes` bytes.
     """
     if not 1 <= bits <= MAX_BITS:
         raise FormError(f"bits is {bits}; choose 1 to {MAX_BITS}")
@@ -64,10 +71,11 @@ def unpack(packed: NDArray[np.uint8], bits: int, groups: int) -> NDArray[np.uint
             f"{groups} codes of {bits} bits take {row_bytes(groups, bits)} bytes a row, not {packed.shape[-1]}"
         )
     start = np.arange(groups) * bits
-    low = start // 8
-    high = np.minimum(low + 1, packed.shape[-1] - 1)  # the last code may end with the row; its high part is masked away
-    window = packed[..., low].astype(np.uint16) | packed[..., high].astype(np.uint16) << 8
-    codes: NDArray[np.uint8] = (window >> (start % 8).astype(np.uint16) & (2**bits - 1)).astype(np.uint8)
+    window = np.zeros((*packed.shape[:-1], groups), np.uint32)
+    for place in range(2 if bits <= 8 else 3):  # a code and what is before it in its first byte: at most 7 + 16 bits
+        byte = np.minimum(start // 8 + place, packed.shape[-1] - 1)  # beyond the row there is only what is masked away
+        window |= packed[..., byte].astype(np.uint32) << np.uint32(8 * place)
+    codes: Codes = (window >> (start % 8).astype(np.uint32) & (2**bits - 1)).astype(code_dtype(bits))
     return codes
 
 
@@ -121,21 +129,22 @@ class Coded(Form):
     The blocks of a row lie side by side; what reaches beyond ``cols`` is cut off: ``width`` need not divide it.
 
     Attributes:
-        codes: uint8 ``[stages, rows, groups]``, not packed.
-        codebooks: float16 or float32 ``[stages, books, words, width]``, at most 256 words; no -0.0 (made 0.0).
+        codes: ``[stages, rows, groups]``, not packed: uint8, or uint16 where there are more than 256 words (made so).
+        codebooks: float16 or float32 ``[stages, books, words, width]``, at most 65,536 words; no -0.0 (made 0.0).
         cols: Columns of the matrix; ``groups == ceil(cols / width)``.
         scales: float16 or float32 ``[rows, 1]`` or ``[1, 1]``; None means 1.
     """
 
-    codes: NDArray[np.uint8]
+    codes: Codes
     codebooks: NDArray[Any]
     cols: int
     scales: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.codes.dtype != np.uint8 or self.codes.ndim != 3 or not self.codes.size:
+        if self.codes.dtype not in (np.uint8, np.uint16) or self.codes.ndim != 3 or not self.codes.size:
             raise FormError(
-                f"codes are {self.codes.dtype}{list(self.codes.shape)}; they must be uint8 [stages, rows, groups]"
+                f"codes are {self.codes.dtype}{list(self.codes.shape)}; "
+                "they must be uint8 or uint16 [stages, rows, groups]"
             )
         _check_floats("codebooks", self.codebooks, 4)
         # Adding 0 makes 0.0 of -0.0: runtimes may start the sum over stages from 0.0, and then lose that sign.
@@ -144,9 +153,11 @@ class Coded(Form):
         if self.codebooks.shape[0] != stages:
             raise FormError(f"codes have {stages} stages, codebooks {self.codebooks.shape[0]}")
         if self.words > 2**MAX_BITS:
-            raise FormError(f"codebooks have {self.words} words; a uint8 code reaches {2**MAX_BITS}")
+            raise FormError(f"codebooks have {self.words} words; codes of {MAX_BITS} bits reach {2**MAX_BITS}")
         if int(self.codes.max()) >= self.words:
             raise FormError(f"code {int(self.codes.max())} is beyond the codebook of {self.words} words")
+        # One type for the same words, so that equal forms have equal arrays.
+        object.__setattr__(self, "codes", self.codes.astype(code_dtype(self.bits), copy=False))
         if self.cols < 1 or groups != -(-self.cols // self.width):
             raise FormError(f"{groups} groups of width {self.width} do not make {self.cols} columns")
         if self.books > groups:
@@ -167,7 +178,7 @@ class Coded(Form):
         """One stage: codes ``[rows, groups]``, a codebook ``[words, width]`` or books ``[books, words, width]``."""
         codebooks = codebook[None, None] if codebook.ndim == 2 else codebook[None]
         return cls(
-            codes=codes.astype(np.uint8)[None],
+            codes=codes.astype(np.uint16)[None],
             codebooks=codebooks,
             cols=codes.shape[1] * codebooks.shape[3] if cols is None else cols,
             scales=scales,
@@ -232,12 +243,18 @@ class Product(Form):
     Attributes:
         left: ``[rows, inner]``.
         right: ``[inner, cols]``.
+        apply: How it is run: multiplied out into the ``weights``, one factor after the other on the ``activations``
+            (where it is the whole weight and not a part of one), or as is ``cheaper`` in multiplications. The matrix is
+            the same.
     """
 
     left: Form
     right: Form
+    apply: Apply = "weights"
 
     def __post_init__(self) -> None:
+        if self.apply not in get_args(Apply):
+            raise FormError(f"apply is '{self.apply}'; choose one of {', '.join(get_args(Apply))}")
         if self.left.shape[1] != self.right.shape[0]:
             raise FormError(f"left has {self.left.shape[1]} columns, right {self.right.shape[0]} rows")
 

@@ -16,6 +16,9 @@ from vqonnx.form import Form, Matrix
 from vqonnx.moments import Cross, Moments
 from vqonnx.view import Order, ViewOrder
 
+# A codeword holds weights of neighbouring inputs of one output, or of neighbouring outputs of one input.
+Along = Literal["inputs", "outputs"]
+
 
 class Needs(Enum):
     """What a method wants to know of a layer besides its weight."""
@@ -154,6 +157,16 @@ def check_range(method: Method, name: str, low: int, high: int) -> None:
     value = getattr(method, name)
     if value is not None and not low <= value <= high:
         raise OptionError(f"method '{method.id}': {name} is {value}; choose {low} to {high}")
+
+
+def check_along(method: Method, along: Along) -> None:
+    """Refuse a column order where vectors run along outputs: their rows have only one.
+
+    Raises:
+        OptionError: Both are given.
+    """
+    if along == "outputs" and method.order != "ihw":
+        raise OptionError(f"method '{method.id}': order={method.order} needs along=inputs; choose one of the two")
 
 
 def blocks_of(matrix: Matrix, width: int) -> NDArray[np.float32]:

@@ -30,7 +30,8 @@ class Features:
     """Steps that a body needs beyond looking up whole bytes in one codebook.
 
     Attributes:
-        packed: Some codes have fewer than 8 bits.
+        packed: Some codes do not have 8 bits.
+        wide: Some codes have more than 8 bits.
         several: Some layers have several stages or several books.
         tail: Some layers have columns that the width does not divide.
         scaled: Some layers have scales.
@@ -38,6 +39,7 @@ class Features:
     """
 
     packed: bool = False
+    wide: bool = False
     several: bool = False
     tail: bool = False
     scaled: bool = False
@@ -47,7 +49,8 @@ class Features:
     def of(cls, form: Coded) -> Features:
         """What decoding this form takes."""
         return cls(
-            packed=form.bits < 8,
+            packed=form.bits != 8,
+            wide=form.bits > 8,
             several=form.stages * form.books > 1,
             tail=form.cols % form.width != 0,
             scaled=form.scales is not None,
@@ -57,7 +60,7 @@ class Features:
         return Features(*(getattr(self, f.name) or getattr(other, f.name) for f in fields(Features)))
 
 
-ALL_FEATURES = Features(packed=True, several=True, tail=True, scaled=True, guarded=True)
+ALL_FEATURES = Features(packed=True, wide=True, several=True, tail=True, scaled=True, guarded=True)
 
 
 def write_decode(writer: Writer, form: Coded, split: tuple[int, ...], perm: tuple[int, ...], output: str) -> str:
@@ -74,7 +77,7 @@ def write_standard(
     """Add the same steps as standard nodes, with everything that is known beforehand stored as a constant."""
     stages, rows, groups = form.codes.shape
     code = writer.constant(form.packed)
-    code = _write_unpack(writer, code, form.bits, groups) if form.bits < 8 else writer.node("Cast", [code], to=6)
+    code = _write_unpack(writer, code, form.bits, groups) if form.bits != 8 else writer.node("Cast", [code], to=6)
     if stages * form.books > 1:
         first_word = np.arange(stages)[:, None, None] * form.books + np.arange(groups) % form.books
         code = writer.node("Add", [code, writer.constant((first_word * form.words).astype(np.int32))])
@@ -109,10 +112,12 @@ def write_standard(
 def _write_unpack(writer: Writer, codes: str, bits: int, groups: int) -> str:
     start = np.arange(groups) * bits
     wide = writer.node("Cast", [codes], to=6)
-    low = writer.node("Gather", [wide, writer.constant((start // 8).astype(np.int32))], axis=2)
-    high = writer.node("Gather", [wide, writer.constant(((start + bits - 1) // 8).astype(np.int32))], axis=2)
-    high = writer.node("Mul", [high, writer.constant(np.array(256, np.int32))])
-    window = writer.node("Add", [low, high])
+    window = writer.node("Gather", [wide, writer.constant((start // 8).astype(np.int32))], axis=2)
+    for place in range(1, 2 if bits < 8 else 3):
+        byte = np.minimum(start // 8 + place, (start + bits - 1) // 8)  # what is beyond the code is cut off below
+        above = writer.node("Gather", [wide, writer.constant(byte.astype(np.int32))], axis=2)
+        above = writer.node("Mul", [above, writer.constant(np.array(256**place, np.int32))])
+        window = writer.node("Add", [window, above])
     moved = writer.node("Div", [window, writer.constant((2 ** (start % 8)).astype(np.int32))])
     modulus = writer.constant(np.array(2**bits, np.int32))
     whole = writer.node("Mul", [writer.node("Div", [moved, modulus]), modulus])
@@ -152,7 +157,7 @@ def _steps(opset: int, features: Features) -> list[str]:
         lines += _range("group", "groups", opset)
     if features.packed:
         lines += [
-            *_int64("powers", [2**i for i in range(9)], opset),
+            *_int64("powers", [2**i for i in range(17 if features.wide else 9)], opset),
             *_int64("eight", [8], opset),
             "bits = Gather (layout, zero)",
             "start = Mul (group, bits)",
@@ -166,7 +171,21 @@ def _steps(opset: int, features: Features) -> list[str]:
             "above = Gather <axis = 2> (wide, final)",
             "powers32 = Cast <to = 6> (powers)",
             "byte_size = Gather (powers32, eight)",
-            "high = Mul (above, byte_size)",
+        ]
+        if features.wide:  # a code may reach over three bytes; the middle one is one of the others where it does not
+            lines += [
+                *_int64("halves", [2], opset),
+                "ends = Add (byte, final)",
+                "ends_up = Add (ends, one)",
+                "middle = Div (ends_up, halves)",
+                "between = Gather <axis = 2> (wide, middle)",
+                "top = Mul (above, byte_size)",
+                "upper = Add (top, between)",
+            ]
+        else:
+            lines.append("upper = Identity (above)")
+        lines += [
+            "high = Mul (upper, byte_size)",
             "window = Add (low, high)",
             "divisor = Gather (powers32, shift)",
             "moved = Div (window, divisor)",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -13,10 +14,15 @@ from vqonnx import ops
 from vqonnx.form import Blocks, Coded, Dense, Form, Product
 from vqonnx.graph import Scope, Site, scopes
 from vqonnx.modelfile import remove_entries, set_nodes
+from vqonnx.pair import obstacle, pair_of, split
 from vqonnx.view import View
 from vqonnx.writer import Writer
 
 Target = Literal["hybrid", "portable", "custom"]
+
+_GEMM_WITHOUT_BIAS = 11  # opset from which on Gemm can do without
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,20 +34,55 @@ class Placement:
     view: View
 
 
-def place(model: ModelProto, placements: Sequence[Placement], target: Target) -> None:
+@dataclass(eq=False)
+class _Edit:
+    """What changes in one scope.
+
+    Attributes:
+        writer: Makes the new nodes and constants.
+        inserts: Nodes to put before the node at a position.
+        instead: Nodes to put in the place of a node, by its id; none drops it.
+        gone: Names of constants that fall away.
+        made: Weights that the new nodes yield under their old names.
+    """
+
+    scope: Scope
+    writer: Writer
+    inserts: dict[int, list[NodeProto]] = field(default_factory=dict)
+    instead: dict[int, Sequence[NodeProto]] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+    made: set[str] = field(default_factory=set)
+
+
+class _Edits(dict[int, _Edit]):
+    """The edits by id of their scopes, made when asked for."""
+
+    def __init__(self, taken: set[str]) -> None:
+        super().__init__()
+        self._taken = taken
+
+    def of(self, scope: Scope) -> _Edit:
+        return self.setdefault(id(scope), _Edit(scope, Writer(self._taken)))
+
+
+def place(model: ModelProto, placements: Sequence[Placement], target: Target) -> tuple[tuple[str, ...], ...]:
     """Rewrite ``model`` in place; the sites must come from it.
+
+    The new nodes yield each weight under its old name, except for a product that is applied to activations (`pair_of`):
+    two layers take the place of each layer that reads the weight.
+
+    Returns:
+        For each placement the names of the weights of its two layers, or nothing where the weight keeps its name.
 
     Raises:
         ModelError: The opset is too old for a function body.
     """
     opset = main_opset(model)
-    taken = _all_names(model)
-    by_scope: dict[int, list[Placement]] = {}
-    for placement in placements:
-        by_scope.setdefault(id(placement.site.scope), []).append(placement)
+    edits = _Edits(all_names(model))
+    factors = tuple(_place(placement, edits, target, opset) for placement in placements)
     # Inner scopes first: rewriting a scope copies its nodes, and with them the subgraphs that they hold.
-    for group in sorted(by_scope.values(), key=lambda group: -len(group[0].site.scope.lineage)):
-        _rewrite(group[0].site.scope, group, taken, target, opset)
+    for edit in sorted(edits.values(), key=lambda edit: -len(edit.scope.lineage)):
+        _rewrite(edit)
     coded = [placement for placement in placements if any(_coded(placement.form))]  # the others are standard operators
     if target != "portable" and coded:
         _import_domain(model.opset_import)
@@ -55,6 +96,7 @@ def place(model: ModelProto, placements: Sequence[Placement], target: Target) ->
             features |= ops.Features.of(part)
         model.functions.append(ops.decode_function(opset, features))
     _raise_ir_version(model, ops.FUNCTION_IR_VERSION if target == "hybrid" and coded else 4)
+    return factors
 
 
 def main_opset(model: ModelProto) -> int:
@@ -62,48 +104,74 @@ def main_opset(model: ModelProto) -> int:
     return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
 
-def _rewrite(scope: Scope, placements: list[Placement], taken: set[str], target: Target, opset: int) -> None:
-    proto = scope.proto
-    writer = Writer(taken)
-    inserts: dict[int, list[NodeProto]] = {}
-    dropped: set[int] = set()
-    for placement in placements:
-        site = placement.site
-        makers = {id(node) for node in site.between}
-        if site.source in scope.producers:
-            makers.add(id(scope.producers[site.source]))
-        dropped |= makers
-        position = next(i for i, node in enumerate(proto.node) if id(node) in makers or site.name in node_reads(node))
-        _write(writer, placement, target, opset)
-        inserts.setdefault(position, []).extend(writer.take())
-    unused = _unused(scope, {placement.site.source for placement in placements}, dropped)
+def _place(placement: Placement, edits: _Edits, target: Target, opset: int) -> tuple[str, ...]:
+    """Note the edits that put one form in place; gives the names of the weights of the two layers, if any."""
+    site, form, view = placement.site, placement.form, placement.view
+    edit = edits.of(site.scope)
+    writer = edit.writer
+    makers = {id(node) for node in site.between}
+    if site.source in site.scope.producers:
+        makers.add(id(site.scope.producers[site.source]))
+    edit.instead.update((maker, ()) for maker in makers)
+    edit.gone.add(site.source)
+    pair = pair_of(site, view, form)
+    if pair is None:
+        reason = obstacle(site, form)
+        if reason is not None:
+            _log.warning("%s: the product is multiplied out into the weight, as %s", site.name, reason)
+        names: tuple[str, ...] = ()
+        edit.made.add(site.name)
+        _write(writer, form, view, site.name, site.elem_type, 1, target, opset)
+    else:
+        names = writer.name(), writer.name()
+        _write(writer, pair.first, pair.first_view, names[0], site.elem_type, pair.copies, target, opset)
+        _write(writer, pair.second, pair.second_view, names[1], site.elem_type, 1, target, opset)
+        zero = None
+        if opset < _GEMM_WITHOUT_BIAS and any(use.node.op_type == "Gemm" for use in site.uses):
+            zero = writer.constant(np.zeros(1, helper.tensor_dtype_to_np_dtype(site.elem_type)))
+        for use in site.uses:
+            edits.of(use.scope).instead[id(use.node)] = split(use.node, pair, names, writer.name(), zero)
+    nodes = enumerate(site.scope.proto.node)
+    position = next(i for i, node in nodes if id(node) in makers or site.name in node_reads(node))
+    edit.inserts.setdefault(position, []).extend(writer.take())
+    return names
+
+
+def _rewrite(edit: _Edit) -> None:
+    scope, proto = edit.scope, edit.scope.proto
+    dropped = {node for node, instead in edit.instead.items() if not instead}
+    unused = _unused(scope, edit.gone, dropped)
     dropped |= {id(scope.producers[name]) for name in unused if name in scope.producers}
 
     nodes: list[NodeProto] = []
+    constants = edit.writer.constants
     if isinstance(proto, FunctionProto):  # a function has no initializers
-        nodes += [helper.make_node("Constant", [], [name], value=tensor) for name, tensor in writer.constants.items()]
+        nodes += [helper.make_node("Constant", [], [name], value=tensor) for name, tensor in constants.items()]
     for position, node in enumerate(proto.node):
-        nodes += inserts.get(position, [])
-        if id(node) not in dropped:
-            nodes.append(node)
+        nodes += edit.inserts.get(position, [])
+        nodes += edit.instead.get(id(node), [] if id(node) in dropped else [node])
     set_nodes(proto, nodes)
     if isinstance(proto, GraphProto):
         _remove_named(proto.initializer, unused)
         _remove_named(proto.input, unused)
         outputs = {name for node in scope.producers.values() if id(node) in dropped for name in node.output}
-        _remove_named(proto.value_info, (unused | outputs) - {placement.site.name for placement in placements})
-        proto.initializer.extend(writer.constants.values())
+        _remove_named(proto.value_info, (unused | outputs) - edit.made)
+        proto.initializer.extend(constants.values())
 
 
-def _write(writer: Writer, placement: Placement, target: Target, opset: int) -> None:
-    """Add the nodes that yield the weight under its old name."""
-    site, form, view = placement.site, placement.form, placement.view
+def _write(
+    writer: Writer, form: Form, view: View, output: str, elem_type: int, copies: int, target: Target, opset: int
+) -> None:
+    """Add the nodes that yield a form as a weight, ``copies`` of it along the first axis."""
     steps: list[tuple[str, list[str], dict[str, Any]]] = []  # what follows the tensor `[split]` transposed by `perm`
     if view.transposed != view.shape:
         steps.append(("Reshape", [writer.constant(np.array(view.shape, np.int64))], {}))
-    if site.elem_type != TensorProto.FLOAT:
-        steps.append(("Cast", [], {"to": site.elem_type}))
-    last = site.name if not steps else writer.name()
+    if copies > 1:
+        repeats = np.array([copies] + [1] * (len(view.shape) - 1), np.int64)
+        steps.append(("Tile", [writer.constant(repeats)], {}))
+    if elem_type != TensorProto.FLOAT:
+        steps.append(("Cast", [], {"to": elem_type}))
+    last = output if not steps else writer.name()
     if isinstance(form, Coded):
         value = _write_coded(writer, form, view.split, view.perm, last, target, opset)
     else:
@@ -114,7 +182,7 @@ def _write(writer: Writer, placement: Placement, target: Target, opset: int) -> 
         if not plain:
             value = writer.node("Transpose", [value], last, perm=view.perm)
     for number, (op_type, inputs, attributes) in enumerate(steps, start=1):
-        value = writer.node(op_type, [value, *inputs], site.name if number == len(steps) else None, **attributes)
+        value = writer.node(op_type, [value, *inputs], output if number == len(steps) else None, **attributes)
 
 
 def _write_matrix(writer: Writer, form: Form, target: Target, opset: int) -> str:
@@ -193,7 +261,8 @@ def _raise_ir_version(model: ModelProto, version: int) -> None:
     model.ir_version = max(model.ir_version, version)
 
 
-def _all_names(model: ModelProto) -> set[str]:
+def all_names(model: ModelProto) -> set[str]:
+    """Every name of a tensor in the model, in any scope."""
     names: set[str] = set()
     for scope in scopes(model):
         names |= set(scope.initializers) | set(scope.producers) | set(scope.uses) | scope.outputs

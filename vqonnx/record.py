@@ -26,8 +26,10 @@ class LayerRecord:
         method: Id of the method.
         options: Its options.
         bytes: Codes, codebooks and scales as stored.
-        weight_snr_db: Energy of the weight over that of its error; None if there is no error.
+        weight_snr_db: Energy of the weight over that of its error; None if there is no error, or it was imported.
         output_snr_db: The same for the layer's output on the calibration data; None if it was not observed.
+        multiplications: Part of the layer's multiplications that is left; 1 unless it is run as two.
+        factors: Names of the weights of the two layers that it is run as; none if it is run as one.
     """
 
     name: str
@@ -38,6 +40,8 @@ class LayerRecord:
     bytes: int
     weight_snr_db: float | None
     output_snr_db: float | None
+    multiplications: float = 1.0
+    factors: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -64,6 +68,7 @@ class LayerRecord:
             "bytes": self.bytes,
             "weight_snr_db": self.weight_snr_db,
             "output_snr_db": self.output_snr_db,
+            "multiplications": round(self.multiplications, 4),
         }
 
 
@@ -81,6 +86,7 @@ class Row:
     op_type: str
     weight_snr_db: float | None
     output_snr_db: float | None
+    factors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,16 +98,23 @@ class Record:
         methods: Distinct (id, options) in use.
         layers: Compressed layers, in order.
         skipped: Layers that were left alone.
+        distilled: How the codebooks were distilled afterwards; None if they were not.
     """
 
     bytes_before: int
     methods: tuple[tuple[str, dict[str, Any]], ...]
     layers: tuple[Row, ...]
     skipped: tuple[Skipped, ...]
+    distilled: dict[str, Any] | None = None
 
 
 def write_record(
-    model: ModelProto, bytes_before: int, layers: tuple[LayerRecord, ...], skipped: tuple[Skipped, ...]
+    model: ModelProto,
+    bytes_before: int,
+    layers: tuple[LayerRecord, ...],
+    skipped: tuple[Skipped, ...],
+    *,
+    distilled: dict[str, Any] | None = None,
 ) -> None:
     """Keep the record in the model's metadata, in few bytes."""
     methods: list[dict[str, Any]] = []
@@ -111,14 +124,16 @@ def write_record(
         if method not in methods:
             methods.append(method)
         number = methods.index(method)
-        rows.append([layer.name, number, layer.op_type, layer.weight_snr_db, layer.output_snr_db])
-    content = {
+        rows.append([layer.name, number, layer.op_type, layer.weight_snr_db, layer.output_snr_db, *layer.factors])
+    content: dict[str, Any] = {
         "version": RECORD_VERSION,
         "bytes_before": bytes_before,
         "methods": methods,
         "layers": rows,
         "skipped": [[entry.name, entry.reason] for entry in skipped],
     }
+    if distilled is not None:
+        content["distilled"] = distilled
     erase_record(model)
     model.metadata_props.add(key=KEY, value=json.dumps(content, separators=(",", ":"), ensure_ascii=False))
 
@@ -136,12 +151,20 @@ def read_record(model: ModelProto) -> Record | None:
             return Record(
                 int(content["bytes_before"]),
                 methods,
-                tuple(Row(name, range(len(methods))[number], *rest) for name, number, *rest in content["layers"]),
+                tuple(_row(entry, len(methods)) for entry in content["layers"]),
                 tuple(Skipped(*entry) for entry in content["skipped"]),
+                content.get("distilled"),
             )
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             return None
     return None
+
+
+def _row(entry: list[Any], methods: int) -> Row:
+    name, number, op_type, weight_snr_db, output_snr_db, *factors = entry
+    if len(factors) not in (0, 2):
+        raise ValueError(f"{len(factors)} factors")
+    return Row(name, range(methods)[number], op_type, weight_snr_db, output_snr_db, tuple(factors))
 
 
 def erase_record(model: ModelProto) -> None:

@@ -23,12 +23,14 @@ class Report:
         bytes_after: Bytes on disk of the compressed model.
         layers: Each compressed layer.
         skipped: Layers that were left alone, and why.
+        distilled: How the codebooks were distilled after compression; None if they were not.
     """
 
     bytes_before: int | None
     bytes_after: int
     layers: tuple[LayerRecord, ...]
     skipped: tuple[Skipped, ...]
+    distilled: dict[str, Any] | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -36,7 +38,8 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The keys that other tools may rely on."""
-        return sizes_json(self.bytes_before, self.bytes_after, self.layers, self.skipped)
+        content = sizes_json(self.bytes_before, self.bytes_after, self.layers, self.skipped)
+        return content if self.distilled is None else {**content, "distilled": self.distilled}
 
 
 def sizes_json(
@@ -81,6 +84,8 @@ def report(path: str | Path) -> Report:
                 bytes=weight.stored_bytes(counted),
                 weight_snr_db=weight_snr,
                 output_snr_db=output_snr,
+                multiplications=weight.multiplications,
+                factors=() if weight.row is None else weight.row.factors,
             )
         )
     return Report(
@@ -88,4 +93,5 @@ def report(path: str | Path) -> Report:
         modelfile.file_bytes(path),
         tuple(layers),
         () if record is None else record.skipped,
+        None if record is None else record.distilled,
     )

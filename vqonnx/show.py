@@ -35,11 +35,12 @@ def line(text: str) -> None:
 
 
 def layers(records: Sequence[LayerRecord]) -> None:
-    """One row a layer; options only where layers differ in them, in a line above otherwise."""
+    """One row a layer; options and multiplications only where layers differ in them."""
     if not records:
         return
     table = Table("layer", "op", "shape", "method", box=None, pad_edge=False)
-    for title in ("bytes", "bits/weight", "weight dB", "output dB"):
+    split = any(record.factors for record in records)
+    for title in ("bytes", "bits/weight", "weight dB", "output dB", *(["multiplications"] if split else [])):
         table.add_column(title, justify="right")
     ways = {_way(record) for record in records}
     for record in records:
@@ -52,6 +53,7 @@ def layers(records: Sequence[LayerRecord]) -> None:
             f"{record.bits_per_weight:.2f}",
             _decibel(record.weight_snr_db),
             _decibel(record.output_snr_db),
+            *([f"{record.multiplications:.1%}"] if split else []),
         )
     _console().print(table)
     if len(ways) == 1:
@@ -75,6 +77,11 @@ def sizes(before: int | None, after: int, path: Path) -> None:
         line(f"\n{path}: {before:,} -> {after:,} bytes, {before / after:.2f}x smaller")
         if after >= before:
             line("nothing was gained: the layers are too small for codebooks and a decoder; keep the original")
+
+
+def distilled(note: dict[str, Any]) -> None:
+    """How the codebooks were distilled, in one line."""
+    line(f"distilled: {', '.join(f'{name}={_spell(value)}' for name, value in note.items())}")
 
 
 def moved(comparison: Comparison, data: str) -> None:

@@ -39,6 +39,8 @@ GOLDEN = {
     "one_number": Golden(1, 1, 3, 1, 1, (1, 1, 1), (2, 0, 1)),
     "seven_bits_long_row": Golden(2, 300, 1, 7, 100, (2, 300), (1, 0), stages=2, books=3),
     "more_bits_than_needed": Golden(3, 11, 2, 6, 5, (3, 11), (0, 1), scales=3),
+    "eleven_bits_tail": Golden(5, 25, 2, 11, 1100, (5, 25), (1, 0), half=True, scales=5),
+    "sixteen_bits_two_stages": Golden(2, 21, 1, 16, 300, (2, 3, 7), (1, 2, 0), stages=2, half=True),
 }
 
 

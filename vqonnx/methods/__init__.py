@@ -7,6 +7,7 @@ from typing import Any
 
 from vqonnx.errors import OptionError
 from vqonnx.method import Method, make_method
+from vqonnx.methods.best import Best
 from vqonnx.methods.bgd import BGD
 from vqonnx.methods.binary import Binary
 from vqonnx.methods.dqc import DQC
@@ -15,9 +16,9 @@ from vqonnx.methods.pq import PQ
 from vqonnx.methods.residual import Residual
 from vqonnx.methods.svd import SVD
 
-__all__ = ["BGD", "DQC", "METHODS", "PQ", "SVD", "Binary", "KMeans", "Residual", "method_by_name"]
+__all__ = ["BGD", "DQC", "METHODS", "PQ", "SVD", "Best", "Binary", "KMeans", "Residual", "method_by_name"]
 
-METHODS: tuple[type[Method], ...] = (KMeans, PQ, BGD, Residual, Binary, SVD, DQC)
+METHODS: tuple[type[Method], ...] = (KMeans, PQ, BGD, Residual, Binary, SVD, DQC, Best)
 
 
 def method_by_name(name: str, options: Mapping[str, Any] | None = None) -> Method:

@@ -1,7 +1,7 @@
 """Product quantisation: cut each row into short vectors and keep only the nearest codeword's number.
 
-Gong et al. 2014 (arXiv 1412.6115) gives each column group its own codebook; one codebook for all groups
-is the variant of Stock et al. 2020, without their weighting.
+Gong et al. 2014 (arXiv 1412.6115) give each column group its own codebook, and cut the matrix along either axis; one
+codebook for all groups is the variant of Stock et al. 2020, without their weighting.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import numpy as np
 
 from vqonnx.cluster import kmeans
 from vqonnx.form import Coded
-from vqonnx.method import Layer, LeftAlone, Method, blocks_of, check_range
+from vqonnx.method import Along, Layer, LeftAlone, Method, blocks_of, check_along, check_range
 from vqonnx.methods.codebook import CodebookType, store
+from vqonnx.view import ViewOrder
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class PQ(Method):
         width: Weights per codeword.
         bits: Bits per code; a codebook has up to ``2**bits`` words, and no more than there are vectors.
         books: ``one`` codebook for the layer, or one for each column ``group``.
+        along: A codeword holds weights of neighbouring ``inputs`` of one output, or of neighbouring ``outputs`` of one
+            input (for convolutions the kernel of an output comes before the next output).
         codebook: Type of the stored codebooks.
     """
 
@@ -32,16 +35,22 @@ class PQ(Method):
     width: int = 8
     bits: int = 8
     books: Literal["one", "group"] = "one"
+    along: Along = "inputs"
     codebook: CodebookType = "float16"
 
     def __post_init__(self) -> None:
-        check_range(self, "bits", 1, 8)
+        check_range(self, "bits", 1, 12)
         check_range(self, "width", 1, 64)
+        check_along(self, self.along)
+
+    @property
+    def view_order(self) -> ViewOrder:
+        return "ohw" if self.along == "outputs" else self.order
 
     def encode(self, layer: Layer) -> Coded:
         _, cols = layer.weight.shape
         if cols < self.width:
-            raise LeftAlone(f"width {self.width} is more than the {cols} columns of a row")
+            raise LeftAlone(f"width {self.width} is more than the {cols} columns of a row; choose 1 to {cols}")
         blocks = blocks_of(layer.weight, self.width)  # [rows, groups, width]
         if self.books == "one":
             found = kmeans(blocks.reshape(-1, self.width), 2**self.bits, seed=layer.seed)

@@ -12,8 +12,9 @@ import numpy as np
 
 from vqonnx.cluster import kmeans
 from vqonnx.form import Coded
-from vqonnx.method import Layer, LeftAlone, Method, blocks_of, check_range
+from vqonnx.method import Along, Layer, LeftAlone, Method, blocks_of, check_along, check_range
 from vqonnx.methods.codebook import CodebookType, store
+from vqonnx.view import ViewOrder
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Residual(Method):
         width: Weights per codeword; None takes whole rows, as the paper does.
         bits: Bits per code of one stage; a codebook has up to ``2**bits`` words, and no more than there are vectors.
         stages: Number of codes per vector; fewer where nothing is left that the codebook's type can hold.
+        along: A codeword holds weights of neighbouring ``inputs`` of one output, or of neighbouring ``outputs`` of one
+            input; whole rows are then all weights of that input.
         codebook: Type of the stored codebooks.
     """
 
@@ -31,18 +34,24 @@ class Residual(Method):
     width: int | None = 8
     bits: int = 8
     stages: int = 2
+    along: Along = "inputs"
     codebook: CodebookType = "float16"
 
     def __post_init__(self) -> None:
         check_range(self, "width", 1, 64)
         check_range(self, "bits", 1, 8)
         check_range(self, "stages", 1, 8)
+        check_along(self, self.along)
+
+    @property
+    def view_order(self) -> ViewOrder:
+        return "ohw" if self.along == "outputs" else self.order
 
     def encode(self, layer: Layer) -> Coded:
         rows, cols = layer.weight.shape
         width = self.width or cols
         if cols < width:
-            raise LeftAlone(f"width {width} is more than the {cols} columns of a row")
+            raise LeftAlone(f"width {width} is more than the {cols} columns of a row; choose 1 to {cols}")
         vectors = blocks_of(layer.weight, width).reshape(-1, width)
         reached = np.zeros_like(vectors)  # the sum of the stages so far, in the order in which decoding adds them
         books, codes = [], []

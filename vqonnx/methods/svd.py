@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from vqonnx.errors import OptionError
-from vqonnx.form import Dense, Matrix, Product
+from vqonnx.form import Apply, Dense, Matrix, Product
 from vqonnx.method import Layer, LeftAlone, Method, check_range
 from vqonnx.methods.codebook import CodebookType, store
 
@@ -20,15 +20,19 @@ class SVD(Method):
     """Truncated singular value decomposition.
 
     Attributes:
-        rank: Singular values that are kept; None takes as many as ``share`` allows.
+        rank: Singular values that are kept; None takes as many as ``share`` allows. A layer that has fewer, or that
+            so many do not make smaller, is left alone; the reason names the largest rank that does.
         share: The two factors take at most this part of the weight's bytes in float32, where no rank is given.
         factors: Type of the stored factors.
+        apply: How the layer is run: with the product of the factors as ``weights``, with one factor after the other on
+            the ``activations``, or as is ``cheaper`` in multiplications.
     """
 
     id: ClassVar[str] = "svd"
     rank: int | None = None
     share: float = 0.5
     factors: CodebookType = "float16"
+    apply: Apply = "cheaper"
 
     def __post_init__(self) -> None:
         check_range(self, "rank", 1, 2**16)
@@ -36,8 +40,9 @@ class SVD(Method):
             raise OptionError(f"method '{self.id}': share is {self.share:g}; choose a number between 0 and 1")
 
     def encode(self, layer: Layer) -> Product:
-        left, right = factorise(layer.weight, self._rank(layer.weight))
-        return Product(*(Dense(store(part, self.factors, option="factors")) for part in (left, right)))
+        factors = factorise(layer.weight, self._rank(layer.weight))
+        left, right = (Dense(store(factor, self.factors, option="factors")) for factor in factors)
+        return Product(left, right, self.apply)
 
     def _rank(self, weight: Matrix) -> int:
         rows, cols = map(int, weight.shape)
@@ -54,13 +59,13 @@ class SVD(Method):
                     "share closer to 1"
                 )
             return rank
-        rank = min(self.rank, rows, cols)  # beyond that there is nothing to keep
-        if rank > most:
+        if self.rank > min(rows, cols):
             raise LeftAlone(
-                f"rank {rank} takes {rank * each} bytes, the weight {size}; the largest rank that makes it "
-                f"smaller is {most}"
+                f"rank {self.rank} is more than the {min(rows, cols)} of {rows} x {cols}; choose 1 to {most}"
             )
-        return rank
+        if self.rank > most:
+            raise LeftAlone(f"rank {self.rank} takes {self.rank * each} bytes, the weight {size}; choose 1 to {most}")
+        return self.rank
 
 
 def factorise(weight: Matrix, rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -18,7 +18,7 @@ from vqonnx.moments import FULL_COLS, Cross, Moments, MomentsAccumulator
 from vqonnx.view import Order
 
 
-class PairedWalk:
+class DualWalk:
     """Like `Walk`, with what the original's layer sees beside it. Runs the model twice over the calibration data.
 
     Args:
@@ -80,7 +80,7 @@ class PairedWalk:
         """Use another value for an initializer in the compressed model from here on."""
         self._current.set_constant(tensor)
 
-    def __enter__(self) -> PairedWalk:
+    def __enter__(self) -> DualWalk:
         return self
 
     def __exit__(

@@ -1,0 +1,164 @@
+"""Gong et al. 2014 on LeNet-300-100 and LeNet-5: error against rate of their five methods, on dense layers only.
+
+    python benchmarks/gong.py [--folder build/lenet]     writes benchmarks/results/gong.json and prints the tables
+    python benchmarks/gong_report.py                     makes tables and plots of it
+
+Compresses all dense layers at once, and looks at each one alone; no training afterwards. The error is 100 - top-1 on
+the 10,000 test images. Rates are both the paper's, from `vqonnx.rates`, and from the bytes of the written file. Trains
+the networks first (`benchmarks/lenet.py`) where the folder does not hold them. Takes a quarter of an hour on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+
+import lenet
+import numpy as np
+import onnx
+import onnxruntime
+from common import mnist_feeds, mnist_labels, setting
+from gong_settings import Setting, Shape, settings
+
+import vqonnx
+
+RESULTS = Path(__file__).parent / "results" / "gong.json"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting on one network.
+
+    Attributes:
+        network: Its name.
+        layers: ``all``, or the name of the one weight that is compressed.
+        family: See `Setting`.
+        label: Options in words.
+        paper_rate: Of the layers asked for, as the paper counts; a layer that would grow is left as it is, with 1.
+        file_rate: The same from the bytes in the file.
+        file_ratio: Bytes of the whole file before and after; None for a layer alone.
+        left_alone: Layers that would grow.
+        error: Mean over the seeds of 100 - top-1, in percent.
+        errors: For each seed.
+    """
+
+    network: str
+    layers: str
+    family: str
+    label: str
+    paper_rate: float
+    file_rate: float
+    file_ratio: float | None
+    left_alone: tuple[str, ...]
+    error: float
+    errors: tuple[float, ...]
+
+
+class Bench:
+    """One network, its dense layers and the test images."""
+
+    def __init__(self, network: lenet.Network, folder: Path, work: Path, count: int = 10_000) -> None:
+        self.name = network.name
+        self.path = network.path(folder)
+        self._work = work
+        self._test, self._labels = mnist_feeds("test", count), mnist_labels(count=count)
+        stored = {tensor.name: tuple(tensor.dims) for tensor in onnx.load(self.path).graph.initializer}
+        self.dense: dict[str, Shape] = {name: stored[name] for name in network.dense}  # Gemm with transB: [out, in]
+        self.error = self._error(self.path)
+
+    def measure(self, choice: Setting, seeds: tuple[int, ...] | None = None) -> list[Point]:
+        """All dense layers, then each alone; those that would grow by the paper's count are left alone."""
+        rates_of = {name: choice.paper_rate(shape) for name, shape in self.dense.items()}
+        methods = {name: choice.method(self.dense[name]) for name, rate in rates_of.items() if rate > 1}
+        if not methods:
+            return []
+        errors: dict[str, list[float]] = {name: [] for name in ("all", *methods)}
+        overrides = [vqonnx.Override(name, method) for name, method in methods.items()]
+        for seed in seeds or choice.seeds:
+            result = vqonnx.compress(self.path, include=list(methods), overrides=overrides, seed=seed)
+            saved = result.save(self._work / "small.onnx")
+            errors["all"].append(self._error(saved.path))
+            for name, path in self._alone(saved.path, methods):
+                errors[name].append(self._error(path))
+        for layer in result.layers:
+            assert layer.bytes == choice.stored_bytes(self.dense[layer.name]), (choice, layer)
+        # As the file has them: a codebook that two layers have in common is stored once.
+        stored = {layer.name: layer.bytes for layer in vqonnx.report(saved.path).layers}
+        assert set(stored) == set(methods), (choice, result.skipped)
+        plain = {name: 4 * rows * cols for name, (rows, cols) in self.dense.items()}
+        by_paper = {name: size / max(1, rates_of[name]) for name, size in plain.items()}
+        in_file = plain | stored
+
+        def point(layers: str, names: Iterable[str]) -> Point:
+            before = sum(plain[name] for name in names)
+            return Point(
+                network=self.name,
+                layers=layers,
+                family=choice.family,
+                label=choice.label,
+                paper_rate=round(before / sum(by_paper[name] for name in names), 3),
+                file_rate=round(before / sum(in_file[name] for name in names), 3),
+                file_ratio=round(result.bytes_before / saved.bytes, 3) if layers == "all" else None,
+                left_alone=tuple(name for name in names if name not in methods),
+                error=round(mean(errors[layers]), 3),
+                errors=tuple(errors[layers]),
+            )
+
+        return [point("all", tuple(self.dense)), *(point(name, (name,)) for name in methods)]
+
+    def _alone(self, compressed: Path, names: Iterable[str]) -> Iterator[tuple[str, Path]]:
+        """The original with one weight as decoded: without calibration no layer sees another."""
+        vqonnx.expand(compressed, self._work / "plain.onnx")
+        decoded = {tensor.name: tensor for tensor in onnx.load(self._work / "plain.onnx").graph.initializer}
+        for name in names:
+            model = onnx.load(self.path)
+            for tensor in model.graph.initializer:
+                if tensor.name == name:
+                    tensor.CopyFrom(decoded[name])
+            onnx.save(model, self._work / "alone.onnx")
+            yield name, self._work / "alone.onnx"
+
+    def _error(self, path: Path) -> float:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        logits = np.concatenate([session.run(None, feed)[0] for feed in self._test])
+        return round(100 - 100 * float(np.mean(logits.argmax(axis=1) == self._labels)), 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=lenet.FOLDER, help="where the two networks are, or go")
+    folder = parser.parse_args().folder
+    networks, points = {}, []
+    with tempfile.TemporaryDirectory() as work:
+        for network in lenet.NETWORKS:
+            if not network.path(folder).exists():
+                lenet.train(network, folder)
+            bench = Bench(network, folder, Path(work))
+            networks[network.name] = {"error": bench.error, "dense": bench.dense}
+            print(f"{network.name}: {bench.error:.2f} % error, dense layers {bench.dense}", flush=True)
+            for choice in settings():
+                measured = bench.measure(choice)
+                points += measured
+                print(*map(_line, measured), sep="\n", flush=True)
+    RESULTS.parent.mkdir(exist_ok=True)
+    content = {"setting": setting(), "networks": networks, "points": [asdict(point) for point in points]}
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(setting())
+
+
+def _line(point: Point) -> str:
+    spread = f" ({min(point.errors):.2f} to {max(point.errors):.2f})" if len(point.errors) > 1 else ""
+    left = f" | left alone: {', '.join(point.left_alone)}" if point.left_alone else ""
+    return (
+        f"| {point.network} | {point.layers} | {point.family} {point.label} | {point.paper_rate:.1f} "
+        f"| {point.file_rate:.1f} | {point.error:.2f}{spread}{left} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

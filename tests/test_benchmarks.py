@@ -1,0 +1,146 @@
+"""The pieces of the benchmarks: networks are what they say, data what they should be, and rates those of a file."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import vqonnx
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def modules() -> Iterator[dict[str, ModuleType]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield {name: importlib.import_module(name) for name in ("common", "lenet", "gong")}
+
+
+@pytest.fixture
+def lenet(modules: dict[str, ModuleType]) -> ModuleType:
+    return modules["lenet"]
+
+
+@pytest.fixture
+def gong(modules: dict[str, ModuleType]) -> ModuleType:
+    return modules["gong"]
+
+
+def test_mnist_is_read_in_batches(modules: dict[str, ModuleType], data_dir: Path) -> None:
+    common = modules["common"]
+    feeds = common.mnist_feeds("train", 250, batch=100)
+    assert [feed["input"].shape for feed in feeds] == [(100, 1, 28, 28), (100, 1, 28, 28), (50, 1, 28, 28)]
+    assert feeds[0]["input"].dtype == np.float32
+    assert (feeds[0]["input"].min(), feeds[0]["input"].max()) == (0, 1)
+    assert common.mnist_labels()[:8].tolist() == [7, 2, 1, 0, 4, 1, 4, 9], "the official order"
+    assert np.bincount(common.mnist_labels()).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    few, all_of_them = (common.mnist_labels("train", count) for count in (600, 60_000))
+    np.testing.assert_allclose(np.bincount(few) / 600, np.bincount(all_of_them) / 60_000, atol=0.03)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("lenet300", 266_610), ("lenet5", 431_080)])
+def test_the_file_is_the_network(name: str, parameters: int, lenet: ModuleType, tmp_path: Path) -> None:
+    network = next(network for network in lenet.NETWORKS if network.name == name)
+    net = lenet.Net(network).eval()
+    lenet.export(net, network.path(tmp_path))
+    arrays = onnx.load(network.path(tmp_path)).graph.initializer
+    assert sum(math.prod(array.dims) for array in arrays) == parameters
+    assert {array.name for array in arrays} > set(network.dense)
+    images = np.random.default_rng(0).random((5, 1, 28, 28), np.float32)
+    session = onnxruntime.InferenceSession(network.path(tmp_path), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = net(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(session.run(["output"], {"input": images})[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_training_lowers_the_loss_and_repeats(lenet: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 300)
+    images = (rng.random((300, 1, 28, 28)) / 4).astype(np.float32)
+    images[np.arange(300), 0, 2 * labels] += 0.75  # a bright row tells the class
+    nets = [lenet.fit(lenet.LENET_300_100, images, labels, epochs=8) for _ in range(2)]
+    for first, second in zip(*(net.state_dict().values() for net in nets), strict=True):
+        assert torch.equal(first, second)
+    with torch.no_grad():
+        assert float((nets[0](torch.from_numpy(images)).argmax(1).numpy() == labels).mean()) > 0.9
+
+
+def test_settings_reach_from_four_to_thirty_times(gong: ModuleType) -> None:
+    found = list(gong.settings())
+    assert len(found) == len(set(found)), "one is measured twice"
+    for family in ("KM", "PQ", "PQ outputs", "SVD"):
+        reached = [setting.paper_rate((4096, 4096)) for setting in found if setting.family == family]
+        assert min(reached) < 8.5 < 30 < max(reached), f"{family}: {sorted(reached)}"
+    paper = [setting for setting in found if setting.family == "PQ" and setting.words == 8]
+    assert [round(setting.paper_rate((4096, 4096)), 1) for setting in paper] == [10.4, 20.5, 30.1, 39.4]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"family": "KM", "words": 4},
+        {"family": "PQ", "words": 4, "width": 28},
+        {"family": "PQ outputs", "words": 4, "width": 10},
+        {"family": "PQ one", "words": 16, "width": 2},
+        {"family": "RQ", "words": 4, "stages": 2},
+        {"family": "SVD", "rate": 4},
+        {"family": "Binary", "scale": "row"},
+    ],
+    ids=lambda options: options["family"],
+)
+def test_a_setting_is_measured(
+    options: dict, lenet: ModuleType, gong: ModuleType, tmp_path: Path, data_dir: Path
+) -> None:
+    """`measure` itself compares the bytes of the file with the formula."""
+    torch.manual_seed(0)
+    lenet.export(lenet.Net(lenet.LENET_300_100), tmp_path / "lenet300.onnx")
+    bench = gong.Bench(lenet.LENET_300_100, tmp_path, tmp_path, count=200)
+    assert bench.dense == {"fc1.weight": (300, 784), "fc2.weight": (100, 300), "fc3.weight": (10, 100)}
+    whole, *alone = bench.measure(gong.Setting(**options), seeds=(0,))
+    assert [point.layers for point in (whole, *alone)] == ["all", *bench.dense]
+    for point in (whole, *alone):
+        assert (point.network, point.left_alone, len(point.errors)) == ("lenet300", (), 1)
+        assert 1 < point.paper_rate < 100
+        assert point.paper_rate / 1.2 < point.file_rate < 2.2 * point.paper_rate, "float16 at most halves it"
+        assert 0 < point.error < 100
+    reached = [point.paper_rate for point in alone]
+    assert min(reached) <= whole.paper_rate <= max(reached)
+
+
+def test_a_layer_alone_is_as_if_the_others_were_not_asked_for(
+    lenet: ModuleType, gong: ModuleType, tmp_path: Path, data_dir: Path
+) -> None:
+    torch.manual_seed(0)
+    lenet.export(lenet.Net(lenet.LENET_300_100), tmp_path / "lenet300.onnx")
+    bench = gong.Bench(lenet.LENET_300_100, tmp_path, tmp_path, count=500)
+    vqonnx.compress(bench.path, vqonnx.KMeans(bits=1)).save(tmp_path / "small.onnx")
+    ((name, path),) = bench._alone(tmp_path / "small.onnx", ["fc2.weight"])
+    vqonnx.compress(bench.path, vqonnx.KMeans(bits=1), include=[name]).save(tmp_path / "one.onnx")
+    feed = bench._test[0]
+    alone, one = (
+        onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, feed)[0]
+        for file in (path, tmp_path / "one.onnx")
+    )
+    np.testing.assert_allclose(alone, one, rtol=1e-5, atol=1e-6)
+
+
+def test_what_would_grow_is_left_alone(lenet: ModuleType, gong: ModuleType, tmp_path: Path, data_dir: Path) -> None:
+    lenet.export(lenet.Net(lenet.LENET_300_100), tmp_path / "lenet300.onnx")
+    bench = gong.Bench(lenet.LENET_300_100, tmp_path, tmp_path, count=10)
+    setting = gong.Setting("RQ", 16)
+    whole, *alone = bench.measure(setting, seeds=(0,))
+    assert [point.layers for point in alone] == ["fc1.weight", "fc2.weight"], "16 words for the 10 rows of fc3"
+    assert whole.left_alone == ("fc3.weight",)
+    made_smaller = 4 * (300 * 784 / alone[0].paper_rate + 100 * 300 / alone[1].paper_rate)
+    assert whole.paper_rate == pytest.approx(4 * 266_200 / (made_smaller + 4 * 1000), abs=0.01), "what is left counts"
+    assert bench.measure(gong.Setting("RQ", 256, stages=4)) == []
