@@ -333,7 +333,7 @@ def test_a_bad_value_is_named(kind: type[Method], name: str, value: str) -> None
     [
         ("kmeans", "bits", 0, "1 to"),
         ("kmeans", "bits", 17, "to 8"),
-        ("pq", "bits", 17, "to 8"),
+        ("pq", "bits", 17, "to 12"),
         ("pq", "width", 0, "1 to"),
         ("pq", "width", 65, "to 64"),
         ("residual", "stages", 0, "1 to"),
@@ -545,8 +545,8 @@ def test_a_width_beyond_the_row_is_left_alone_with_both_numbers(kind: type[Metho
         kind(width=9).encode(gaussian(500, 8, 0))
 
 
-def test_only_bgd_asks_for_data() -> None:
-    assert [kind.id for kind in METHODS if kind.needs is Needs.MOMENTS] == ["bgd"]
+def test_only_these_ask_for_data() -> None:
+    assert [kind.id for kind in METHODS if kind.needs is Needs.MOMENTS] == ["bgd", "best"]
 
 
 # ---------------------------------------------------------------- codes of more than a byte

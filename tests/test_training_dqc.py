@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 import vqonnx
+from vqonnx.cli import main
 from vqonnx.errors import ModelError, OptionError
 from vqonnx.method import Layer, LeftAlone
 from vqonnx.methods import DQC
@@ -172,3 +175,83 @@ def test_values_are_put_back_under_the_names_that_layers_read(tmp_path: Path) ->
     np.testing.assert_allclose(found["y"], wanted["y"], rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="no constant is named nothing"):
         with_values(model, tmp_path, {"nothing": turned})
+
+
+def command(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    captured = capfd.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> tuple[Path, Path]:
+    """Test images of the digits with their labels, as files."""
+    with np.load(TEST) as test:
+        np.savez(tmp_path / "images.npz", image=test["image"][:64])
+        np.save(tmp_path / "labels.npy", test["labels"][:64])
+    return tmp_path / "images.npz", tmp_path / "labels.npy"
+
+
+def test_the_command_writes_a_model(
+    labelled: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, labels = labelled
+    out = tmp_path / "small.onnx"
+    options = ("--data", data, "--labels", labels, "--bits", 5, "--steps", 2, "--batch", 16, "--checkpoint")
+    code, text, errors = command(capfd, "train-dqc", CONV, out, *options, tmp_path / "state.pt", "--json")
+    assert code == 0, errors
+    assert "train: 2/2 loss" in errors
+    content = json.loads(text)
+    assert content["diverged"] is None
+    assert [step for step, _ in content["losses"]] == [2]
+    assert out.exists()
+    assert vqonnx.report(out).layers
+    code, text, _ = command(capfd, "train-dqc", CONV, out, *options, tmp_path / "state.pt")
+    assert code == 0
+    assert "fc" in text
+
+
+def test_a_run_that_diverges_is_exit_code_1(
+    labelled: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, labels = labelled
+    out = tmp_path / "small.onnx"
+    rest = ("--data", data, "--labels", labels, "--steps", 20, "--rate", 1e12, "--batch", 16)
+    code, _, errors = command(capfd, "train-dqc", CONV, out, *rest)
+    assert code == 1
+    assert "stopped" in errors
+    assert out.exists()  # the last good state
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--bits", "6"), "bits='6' is not one of 3, 4, 5"),
+        (("--rule", "no"), "rule 'no' is unknown; choose one of magnitude, identity"),
+        (("--teacher", "2"), "teacher is 2; choose 0 to 1"),
+        (("--rate", "0"), "rate is 0; choose a number above 0"),
+        (("--batch", "0"), "batch is 0; choose 1 or more"),
+    ],
+)
+def test_options_that_cannot_be(
+    options: tuple[str, ...], says: str, labelled: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, labels = labelled
+    out = tmp_path / "small.onnx"
+    code, _, errors = command(capfd, "train-dqc", CONV, out, "--data", data, "--labels", labels, *options)
+    assert code == 2
+    assert says in errors
+    assert errors.count("\n") == 1
+    assert not out.exists()
+
+
+def test_without_torch_one_line_says_what_to_install(
+    labelled: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("vqonnx.training")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    data, labels = labelled
+    code, _, errors = command(capfd, "train-dqc", CONV, tmp_path / "x.onnx", "--data", data, "--labels", labels)
+    assert code == 2
+    assert errors == "vqonnx: train-dqc needs PyTorch; install it with: pip install 'vqonnx[distill]'\n"

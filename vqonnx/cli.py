@@ -27,7 +27,7 @@ from vqonnx.generate import generate_feeds
 from vqonnx.graph import LINEAR
 from vqonnx.labels import read_labels
 from vqonnx.method import Method
-from vqonnx.methods import METHODS, method_by_name
+from vqonnx.methods import DQC, METHODS, method_by_name
 from vqonnx.place import Target
 from vqonnx.published import import_kill_the_bits
 from vqonnx.report import report, sizes_json
@@ -177,6 +177,47 @@ def _distill(options: argparse.Namespace) -> int:
         if saved.comparison is not None:
             show.moved(saved.comparison, "calibration data")
     return _FAILED if made.diverged else 0
+
+
+def _train_dqc(options: argparse.Namespace) -> int:
+    try:
+        from vqonnx.training.dqc import Recipe, train_dqc
+        from vqonnx.training.loop import Schedule
+        from vqonnx.training.samples import Samples
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise OptionError("train-dqc needs PyTorch; install it with: pip install 'vqonnx[distill]'") from error
+    modelfile.check_output(options.output, options.model)
+    method = cast(DQC, method_by_name("dqc", {"bits": options.bits, "zero": not options.no_zero, "fit": "paper"}))
+    samples = Samples(
+        options.model, options.data, read_labels(options.labels), batch=options.batch, seed=options.seed or 0
+    )
+    steps = options.steps or -(-samples.count // options.batch)
+    drops = (int(0.6 * steps), int(0.85 * steps))
+    with _progress(options, "train") as progress:
+        trained = train_dqc(
+            options.model,
+            samples,
+            method,
+            Recipe(Schedule(steps, options.rate, drops), options.rule, options.l1, options.l2, options.teacher),
+            original=options.original,
+            checkpoint=None if options.checkpoint is None else Path(options.checkpoint),
+            data_name=f"{Path(options.data).name} {Path(options.labels).name}",
+            progress=progress and (lambda done, total, text: progress(done - 1, total, text)),
+        )
+    saved = trained.result.save(options.output, verify=not options.no_verify)
+    if options.json:
+        content = sizes_json(trained.result.bytes_before, saved.bytes, trained.result.layers, trained.result.skipped)
+        content["losses"] = trained.history.losses
+        content["diverged"] = trained.history.diverged
+        content["verify"] = None if saved.comparison is None else saved.comparison.to_json()
+        _print_json(content)
+    elif not options.quiet:
+        show.layers(trained.result.layers)
+        show.skipped(trained.result.skipped)
+        show.sizes(trained.result.bytes_before, saved.bytes, saved.path)
+    return _FAILED if trained.history.diverged is not None else 0
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -351,6 +392,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, metavar="N", help="same seed, same bytes on one thread (default 0)")
     add("--checkpoint", metavar="FILE", help="keep the state here, and go on from it")
     add("--device", default="cpu", metavar="D", help="where PyTorch computes (default cpu)")
+    add("--no-verify", action="store_true", help="do not load and run the written model")
+    add("--json", action="store_true", help="print JSON")
+
+    add = _command(commands, "train-dqc", _train_dqc, "train a classifier whose weights are powers of two")
+    add("model", metavar="IN", help="the ONNX model, best with its BatchNormalization nodes")
+    add("output", metavar="OUT", help="the compressed model")
+    add("--data", metavar="PATH", required=True, help="training inputs: .npz keyed by input name, or a folder of them")
+    add("--labels", metavar="FILE", required=True, help="their classes: .npy, .npz, .csv or .txt")
+    add("--bits", default="4", metavar="B", help="3, 4 or 5 (default 4)")
+    add("--no-zero", action="store_true", help="a codebook without zero")
+    add("--steps", type=int, metavar="N", help="steps (default one pass over the data)")
+    add("--rate", type=float, default=0.003, metavar="R", help="learning rate; a tenth from 60 %% on, again from 85 %%")
+    add("--rule", default="identity", metavar="R", help="gradient: identity (default) or magnitude, the paper's")
+    add("--l1", type=float, default=0.0, metavar="X", help="times the sum of absolute weights, added to the loss")
+    add("--l2", type=float, default=1e-4, metavar="X", help="times half the sum of squared weights (default 1e-4)")
+    add("--teacher", type=float, default=0.0, metavar="S", help="share of the loss that is the original's outputs")
+    add("--original", metavar="MODEL", help="the model that teaches, if IN is one that was coded and expanded again")
+    add("--batch", type=int, default=128, metavar="N", help="images of a step (default 128)")
+    add("--seed", type=int, metavar="N", help="same seed, same bytes on one thread (default 0)")
+    add("--checkpoint", metavar="FILE", help="keep the state here, and go on from it")
     add("--no-verify", action="store_true", help="do not load and run the written model")
     add("--json", action="store_true", help="print JSON")
 

@@ -20,6 +20,7 @@ Array = NDArray[np.float64]
 Codes = NDArray[np.int64]
 
 _RIDGE = 1e-6  # times the mean of the diagonal: keeps words that nobody uses where they are
+_PLAIN = 1e-3  # times the mean of the diagonal, added to every metric
 _CG_STEPS = 60
 _CG_TOLERANCE = 1e-7
 
@@ -93,7 +94,11 @@ def target_of(layer: Layer, width: int, *, asymmetric: bool, scales: Array | Non
     weight = layer.weight.astype(np.float64)
     if asymmetric and layer.cross is not None:
         weight = layer.cross.target(layer.weight, layer.moments)
-    return Target.of(weight, layer.moments.covariances(), width, scales)
+    metrics = []
+    for covariance in layer.moments.covariances():  # a little of the plain distance, for inputs that were always zero
+        mean = float(np.trace(covariance)) / len(covariance)
+        metrics.append(covariance + (_PLAIN * mean if mean > 0 else 1.0) * np.eye(len(covariance)))
+    return Target.of(weight, tuple(metrics), width, scales)
 
 
 def nearest_in(points: Array, words: Array, metric: Array, scales: Array) -> Codes:

@@ -20,6 +20,7 @@ from vqonnx.method import Layer, LeftAlone, Method, Needs, check_range
 from vqonnx.methods.codebook import CodebookType, store
 from vqonnx.refine import Array, alternate, assign, feed_back, target_of, update_words
 
+_WIDTH = 4
 _METRIC_ROUNDS = 4
 
 
@@ -28,8 +29,8 @@ class Best(Method):
     """Product quantisation refined on the layer's output.
 
     Attributes:
-        width: Weights per codeword.
-        bits: Bits per code; fewer where a layer has too few vectors.
+        width: Weights per codeword; None takes 4, or the columns of a row where there are fewer.
+        bits: Bits per code.
         rounds: Of coordinate descent and least-squares codewords.
         asymmetric: Aim at the output of the original layer on the original input.
         start: Codes to begin with: each block's best on its own (``assign``), or error feedback (``feedback``).
@@ -39,7 +40,7 @@ class Best(Method):
 
     id: ClassVar[str] = "best"
     needs: ClassVar[Needs] = Needs.MOMENTS
-    width: int = 4
+    width: int | None = None
     bits: int = 6
     rounds: int = 3
     asymmetric: bool = True
@@ -54,19 +55,17 @@ class Best(Method):
     def __post_init__(self) -> None:
         check_range(self, "bits", 1, 12)
         check_range(self, "width", 1, 64)
-        check_range(self, "rounds", 0, 100)
+        check_range(self, "rounds", 1, 100)
 
     def encode(self, layer: Layer) -> Coded:
         rows, cols = layer.weight.shape
-        if cols < self.width:
-            raise LeftAlone(f"width {self.width} is more than the {cols} columns of a row")
+        width = self.width or min(_WIDTH, cols)
+        if cols < width:
+            raise LeftAlone(f"width {width} is more than the {cols} columns of a row")
         scales = self._scales(layer.weight)
-        target = target_of(layer, self.width, asymmetric=self.asymmetric, scales=scales)
-        vectors = (target.weight / target.scales[:, None]).reshape(-1, self.width)
-        count = min(2**self.bits, len(vectors) // 2)
-        if count < 2:
-            raise LeftAlone(f"{len(vectors)} vectors of width {self.width} are too few for a codebook")
-        found = kmeans(vectors, count, seed=layer.seed)
+        target = target_of(layer, width, asymmetric=self.asymmetric, scales=scales)
+        vectors = (target.weight / target.scales[:, None]).reshape(-1, width)
+        found = kmeans(vectors, 2**self.bits, seed=layer.seed)
         words = found.words.astype(np.float64)
         codes = found.labels.reshape(rows, -1)
         for _ in range(_METRIC_ROUNDS):

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -59,6 +59,8 @@ class Recipe:
         for name, value in (("l1", self.l1), ("l2", self.l2)):
             if not 0 <= value < float("inf"):
                 raise OptionError(f"{name} is {value:g}; choose 0 or more")
+        if self.rule not in get_args(Rule):
+            raise OptionError(f"rule '{self.rule}' is unknown; choose one of {', '.join(get_args(Rule))}")
         if not 0 <= self.teacher <= 1:
             raise OptionError(f"teacher is {self.teacher:g}; choose 0 to 1")
 
