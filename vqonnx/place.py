@@ -18,6 +18,9 @@ from vqonnx.writer import Writer
 
 Target = Literal["hybrid", "portable", "custom"]
 
+# What a layer costs besides its arrays: a node, names and shapes. A form that saves less is not worth it.
+OVERHEAD = 150
+
 
 @dataclass(frozen=True, eq=False)
 class Placement:
