@@ -28,7 +28,7 @@ from vqonnx.moments import Moments, MomentsAccumulator, snr_db
 
 IDS = [kind.id for kind in METHODS]
 every_method = pytest.mark.parametrize("kind", METHODS, ids=IDS)
-RANDOM = ("kmeans", "pq", "bgd", "residual")  # those that a seed can change
+RANDOM = ("kmeans", "pq", "bgd", "residual", "best")  # those that a seed can change
 
 
 def having(option: str) -> pytest.MarkDecorator:

@@ -3,7 +3,7 @@
 from vqonnx.compress import Override, compress
 from vqonnx.errors import DataError, FormError, InputError, ModelError, OptionError, VerifyError, VqonnxError
 from vqonnx.expand import expand
-from vqonnx.methods import BGD, DQC, METHODS, PQ, SVD, Best, Binary, KMeans, Residual
+from vqonnx.methods import BGD, DQC, METHODS, PQ, SVD, Best, Binary, KMeans, Residual, Transform
 from vqonnx.published import Imported, import_kill_the_bits
 from vqonnx.report import Report, report
 from vqonnx.result import Result, Saved
@@ -31,6 +31,7 @@ __all__ = [
     "Residual",
     "Result",
     "Saved",
+    "Transform",
     "VerifyError",
     "VqonnxError",
     "compare",

@@ -18,8 +18,9 @@ from types import FrameType
 from typing import Any, NoReturn, cast, get_args
 
 from vqonnx import modelfile, show
+from vqonnx.allocate import Progress
 from vqonnx.bench import bench
-from vqonnx.compress import Progress, compress
+from vqonnx.compress import compress
 from vqonnx.config import Config, read_config
 from vqonnx.errors import OptionError, VerifyError, VqonnxError
 from vqonnx.expand import expand

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -13,38 +12,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 
 from vqonnx import modelfile
+from vqonnx.allocate import Plan, Progress, layer_of, share_out
 from vqonnx.bias import Bias, prepare
 from vqonnx.bias import store as store_biases
 from vqonnx.calibrate import Walk
 from vqonnx.dual import DualWalk
 from vqonnx.errors import ModelError, OptionError
 from vqonnx.feeds import read_feeds
-from vqonnx.form import Form
+from vqonnx.form import Form, stored_arrays
 from vqonnx.generate import generate_feeds
 from vqonnx.graph import LINEAR, Site, Skipped, find
-from vqonnx.method import Layer, LeftAlone, Method, Needs
+from vqonnx.method import Budgeted, Layer, LeftAlone, Method, Needs
 from vqonnx.methods import BGD, PQ
 from vqonnx.moments import Moments, snr_db
 from vqonnx.ops import DOMAIN
 from vqonnx.pair import multiplications
-from vqonnx.place import Placement, Target, place
+from vqonnx.place import OVERHEAD, Placement, Target, place
 from vqonnx.record import KEY, LayerRecord, write_record
 from vqonnx.result import Result
 from vqonnx.runtime import open_session, read_inputs
 from vqonnx.view import View
 
-# What a layer costs besides its arrays: a node, names and shapes. A form that saves less is not worth it.
-_OVERHEAD = 150
-_ITEM_BYTES: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.DOUBLE: 8}
 # Batches of the calibration data on which the written model is run; enough to see that it works.
 _CHECKED_BATCHES = 8
 _SEEDS = 2**31  # each layer adds to the seed, and scikit-learn takes less than 2**32
 
 _log = logging.getLogger(__name__)
-Progress = Callable[[int, int, str], None]
+_Array = tuple[int, str, tuple[int, ...], bytes]  # scope and content of an array; a model stores equal ones once
 Tune = Callable[[Site, View, Form], Form]
 
 
@@ -116,6 +113,8 @@ def compress(
         names = sorted({chosen.id for _, chosen in plan if chosen.needs is Needs.MOMENTS})
         raise OptionError(f"method '{names[0]}' needs calibration data; give --calibration, or choose method pq")
     feeds = None if calibration is None else _Remembering(read_feeds(calibration, inputs, batch=batch))
+    if feeds is not None:
+        plan = share_out(proto, path.parent, plan, feeds, seed, progress)
     placements, layers = _encode_all(proto, path, plan, skipped, feeds, seed, tune, progress)
     if not placements and not allow_unchanged:
         why = _why(skipped) or "it has no linear layer"
@@ -172,7 +171,7 @@ def _plan(
     exclude: Sequence[str],
     op_types: Sequence[str],
     overrides: Sequence[Override],
-) -> tuple[list[tuple[Site, Method]], list[Skipped]]:
+) -> tuple[Plan, list[Skipped]]:
     """The method of each site, by the user's patterns. A pattern that matches nothing is an error."""
     unknown = sorted(set(op_types) - set(LINEAR))
     if unknown:
@@ -181,7 +180,8 @@ def _plan(
         if sites and not any(_matches(site, pattern) for site in sites):
             names = ", ".join(site.name for site in sites[:5])
             raise OptionError(f"pattern '{pattern}' matches none of the {len(sites)} layers ({names} ...)")
-    plan, skipped = [], []
+    plan: Plan = []
+    skipped = []
     for site in sites:
         chosen = next((o.method for o in overrides if _matches(site, o.pattern)), method)
         if site.op_type not in op_types:
@@ -204,7 +204,7 @@ def _matches(site: Site, pattern: str) -> bool:
 def _encode_all(
     proto: ModelProto,
     path: Path,
-    plan: list[tuple[Site, Method]],
+    plan: Plan,
     skipped: list[Skipped],
     feeds: Iterable[Mapping[str, Any]] | None,
     seed: int,
@@ -214,6 +214,7 @@ def _encode_all(
     """Encode the layers in order; with feeds, each sees its inputs as the compressed layers before it make them."""
     sites = [site for site, _ in plan]
     placements, layers = [], []
+    stored: set[_Array] = set()
     biases: dict[str, Bias] = {}
     walking: Walk | DualWalk | nullcontext[None] = nullcontext()
     if feeds is not None and any(method.pairs for _, method in plan):
@@ -226,7 +227,6 @@ def _encode_all(
             if progress:
                 progress(number, len(plan), site.name)
             view = site.view(method.view_order)
-            weight = view.matrix(site.read())
             moments, cross = None, None
             if isinstance(walk, DualWalk) and walk.can_observe(site):
                 moments, cross = walk.observe(site, method.order)
@@ -234,51 +234,51 @@ def _encode_all(
                 moments = walk.observe(site, method.order)
             elif walk is not None and method.needs is Needs.MOMENTS:
                 _log.warning("%s: in a subgraph or function, so its inputs are not observed", site.name)
-            layer = Layer(
-                name=site.name,
-                op_type=site.op_type,
-                weight=weight,
-                kernel=site.kernel,
-                first=site is sites[0],
-                last=site is sites[-1],
-                seed=seed + zlib.crc32(site.name.encode()) % 2**16,
-                moments=moments,
-            )
-            layer = replace(layer, cross=cross)
+            layer = replace(layer_of(plan, number, method, moments, seed), cross=cross)
             try:
-                form = _encode(layer, method, site)
+                form, size = _encode(layer, method, site, stored)
             except LeftAlone as reason:
                 skipped.append(Skipped(site.name, str(reason)))
                 continue
             if tune is not None:
                 form = tune(site, view, form)
             decoded = form.decode()
-            if walk is not None:
+            if walk is not None and not isinstance(method, Budgeted):  # what that was measured on is what it gets
                 walk.replace(site, view.tensor(decoded))
             if isinstance(walk, DualWalk) and method.pairs and site.name in biases and moments and cross:
                 seen = site.view(method.order)  # rows are outputs, whatever the method's own view
-                before, after = (seen.matrix(view.tensor(matrix)) for matrix in (weight, decoded))
+                before, after = (seen.matrix(view.tensor(matrix)) for matrix in (layer.weight, decoded))
                 walk.set_constant(biases[site.name].shift(cross.lost(before, after, moments)))
             placements.append(Placement(site, form, view))
-            layers.append(_record(layer, site, view, method, form, decoded, moments))
+            layers.append(_record(layer, site, view, method, form, size, decoded, moments))
     store_biases(proto, biases.values())
     if progress:
         progress(len(plan), len(plan), "")
     return placements, layers
 
 
-def _encode(layer: Layer, method: Method, site: Site) -> Form:
+def _encode(layer: Layer, method: Method, site: Site, stored: set[_Array]) -> tuple[Form, int]:
+    """The form, and the bytes that it adds to those in ``stored``, which gets its arrays."""
     if not np.isfinite(layer.weight).all():
         raise LeftAlone("weights hold NaN or Inf")
     form = method.encode(layer)
-    size = _ITEM_BYTES.get(site.elem_type, 2) * layer.weight.size
-    if form.nbytes + _OVERHEAD >= size:
-        raise LeftAlone(f"too small: {size} bytes as it is, {form.nbytes + _OVERHEAD} with codes, codebook and node")
-    return form
+    arrays = {(id(site.scope), a.dtype.str, a.shape, a.tobytes()): a.nbytes for a in stored_arrays(form)}
+    size = sum(count for array, count in arrays.items() if array not in stored)
+    if size + OVERHEAD >= site.nbytes:
+        raise LeftAlone(f"too small: {site.nbytes} bytes as it is, {size + OVERHEAD} with codes, codebook and node")
+    stored.update(arrays)
+    return form, size
 
 
 def _record(
-    layer: Layer, site: Site, view: View, method: Method, form: Form, decoded: np.ndarray, moments: Moments | None
+    layer: Layer,
+    site: Site,
+    view: View,
+    method: Method,
+    form: Form,
+    size: int,
+    decoded: np.ndarray,
+    moments: Moments | None,
 ) -> LayerRecord:
     error = layer.weight - decoded
     output = None
@@ -293,7 +293,7 @@ def _record(
         shape=site.shape,
         method=method.id,
         options=method.options,
-        bytes=form.nbytes,
+        bytes=size,
         weight_snr_db=None if weight is None else round(weight, 2),
         output_snr_db=None if output is None else round(output, 2),
         multiplications=multiplications(site, view, form).share,

@@ -7,6 +7,7 @@ matrix ``[rows, cols]`` (rows are outputs) and knows nothing of ONNX.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -301,6 +302,21 @@ class Blocks(Form):
 
     def decode(self) -> Matrix:
         return np.concatenate([part.decode() for part in self.parts], axis=self.axis)
+
+
+def stored_arrays(form: Form) -> Iterator[NDArray[Any]]:
+    """The arrays that a model keeps of a form; of equal ones it keeps one."""
+    if isinstance(form, Dense):
+        yield form.values
+    elif isinstance(form, Coded):
+        yield from (form.packed, form.codebooks)
+        if form.scales is not None and not (form.scales.size == 1 and form.scales.item() == 1):
+            yield form.scales
+    elif isinstance(form, Product):
+        yield from (*stored_arrays(form.left), *stored_arrays(form.right))
+    elif isinstance(form, Blocks):
+        for part in form.parts:
+            yield from stored_arrays(part)
 
 
 def _check_floats(name: str, array: NDArray[Any], ndim: int) -> None:

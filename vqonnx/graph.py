@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ _CHAIN = ("Identity", "Transpose", "Reshape", "Cast")
 _QUANTISED = ("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul", "MatMulNBits", "QGemm")
 _RECURRENT = ("LSTM", "GRU", "RNN")
 _STANDARD = ("", "ai.onnx")
+_ITEM_BYTES: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.DOUBLE: 8}
 _FLOAT_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 
@@ -108,6 +110,11 @@ class Site:
     def kernel(self) -> tuple[int, ...]:
         """Kernel sizes of a convolution; empty for Gemm and MatMul."""
         return self.shape[2:] if self.op_type in ("Conv", "ConvTranspose") else ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight as the layers read it."""
+        return math.prod(self.shape) * _ITEM_BYTES.get(self.elem_type, 2)
 
     def read(self) -> NDArray[np.float32]:
         """The weight tensor in float32."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from vqonnx.errors import OptionError
 from vqonnx.form import Form, Matrix
+from vqonnx.lagrange import Curve
 from vqonnx.moments import Cross, Moments
 from vqonnx.view import Order, ViewOrder
 
@@ -95,6 +96,39 @@ class Method(ABC):
     def options(self) -> dict[str, Any]:
         """The options as JSON-ready values."""
         return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """One way to encode a layer, at every rate.
+
+    Attributes:
+        method: The method for it; with its ``bits`` set to those of a vertex it encodes the layer within that rate.
+        curve: Bytes against the error of the layer's output (of its weight, where there are no moments).
+    """
+
+    method: Budgeted
+    curve: Curve
+
+
+@dataclass(frozen=True)
+class Budgeted(Method):
+    """A method whose bits are an average over the layers of a model; `allocate` shares them out.
+
+    Attributes:
+        bits: Stored bits for each weight; on its own, `encode` gives them to one layer.
+    """
+
+    bits: float = 4.0
+
+    @property
+    def variants(self) -> tuple[Budgeted, ...]:
+        """The same method in each `view_order` that it leaves open."""
+        return (self,)
+
+    @abstractmethod
+    def ways(self, layer: Layer) -> list[Way]:
+        """The ways to encode the layer, `LeftAlone` with the reason if there is none."""
 
 
 def make_method(kind: type[Method], options: Mapping[str, Any]) -> Method:

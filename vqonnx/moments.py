@@ -66,6 +66,83 @@ class Moments:
             found.append((1 - share) * covariance + share * mean * np.eye(cols))
         return tuple(found)
 
+    @property
+    def cols(self) -> int:
+        return int(self.sums.shape[1])
+
+    @property
+    def mean_squares(self) -> NDArray[np.float64]:
+        """``[groups, cols]``: the mean of each input squared."""
+        squares = [np.concatenate([np.diagonal(block) for block in blocks]) for blocks in self.blocks]
+        return np.stack(squares) / max(self.rows, 1)
+
+    def row_energies(self, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``[groups, rows]``: what each row of ``matrix [rows, cols]`` alone would put out in each group."""
+        energies = np.zeros((self.groups, len(matrix)))
+        for group, blocks in enumerate(self.blocks):
+            start = 0
+            for block in blocks:
+                columns = matrix[:, start : start + len(block)]
+                energies[group] += np.einsum("ij,ij->i", columns @ block, columns)
+                start += len(block)
+        return energies / max(self.rows, 1)
+
+    def tap_grams(self, basis: NDArray[np.float64] | None, taps: int) -> NDArray[np.float64]:
+        """``[groups, k, taps, taps]``: the second moment, over the taps of a kernel, of what each basis vector sees.
+
+        ``basis [channels, k]`` combines the input channels of a group; None takes each channel for itself. Columns are
+        in the order ``ihw``.
+        """
+        if basis is None:
+            return self._own_grams(taps)
+        grams = np.zeros((self.groups, basis.shape[1], taps, taps))
+        for group, blocks in enumerate(self.blocks):
+            start = 0
+            for block in blocks:
+                channel, tap = np.divmod(np.arange(start, start + len(block)), taps)
+                for one in range(taps):
+                    vectors = basis[channel[tap == one]]
+                    for other in range(one, taps):
+                        seen = block[np.ix_(tap == one, tap == other)] @ basis[channel[tap == other]]
+                        grams[group, :, one, other] += np.einsum("ik,ik->k", vectors, seen)
+                start += len(block)
+        upper = np.triu(np.ones((taps, taps), bool), 1)
+        grams.swapaxes(2, 3)[:, :, upper] = grams[:, :, upper]
+        return grams / max(self.rows, 1)
+
+    def _own_grams(self, taps: int) -> NDArray[np.float64]:
+        grams = np.zeros((self.groups, self.cols // taps, taps, taps))
+        for group, blocks in enumerate(self.blocks):
+            start = 0
+            for block in blocks:
+                at = np.arange(start, start + len(block))
+                for offset in range(min(taps, len(block))):  # pairs of columns so far apart, of one channel
+                    first, second = at[: len(at) - offset], at[offset:]
+                    same = first // taps == second // taps
+                    first, second = first[same], second[same]
+                    values = block[first - start, second - start]
+                    grams[group, first // taps, first % taps, second % taps] = values
+                    grams[group, first // taps, second % taps, first % taps] = values
+                start += len(block)
+        return grams / max(self.rows, 1)
+
+    def channel_gram(self, taps: int) -> NDArray[np.float64]:
+        """``[channels, channels]``: the second moment of the input channels of a group, a mean over taps and groups.
+
+        Columns are in the order ``ihw``; channels that lie in different `blocks` count as unrelated.
+        """
+        channels = self.cols // taps
+        gram = np.zeros((channels, channels))
+        for blocks in self.blocks:
+            start = 0
+            for block in blocks:
+                channel, tap = np.divmod(np.arange(start, start + len(block)), taps)
+                for one in range(taps):
+                    here = tap == one
+                    gram[np.ix_(channel[here], channel[here])] += block[np.ix_(here, here)]
+                start += len(block)
+        return gram / max(self.rows * self.groups * taps, 1)
+
     def pooled_gram(self, width: int) -> NDArray[np.float64]:
         """``[width, width]``: the mean over the column blocks of width ``width`` of their part of ``sum x x^T / rows``.
 

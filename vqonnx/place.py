@@ -21,6 +21,8 @@ from vqonnx.writer import Writer
 Target = Literal["hybrid", "portable", "custom"]
 
 _GEMM_WITHOUT_BIAS = 11  # opset from which on Gemm can do without
+# What a layer costs besides its arrays: a node, names and shapes. A form that saves less is not worth it.
+OVERHEAD = 150
 
 _log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ class LayerRecord:
         shape: Shape of the weight.
         method: Id of the method.
         options: Its options.
-        bytes: Codes, codebooks and scales as stored.
+        bytes: Codes, codebooks and scales as stored; those that a layer before has too count there.
         weight_snr_db: Energy of the weight over that of its error; None if there is no error, or it was imported.
         output_snr_db: The same for the layer's output on the calibration data; None if it was not observed.
         multiplications: Part of the layer's multiplications that is left; 1 unless it is run as two.

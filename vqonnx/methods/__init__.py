@@ -15,10 +15,23 @@ from vqonnx.methods.kmeans import KMeans
 from vqonnx.methods.pq import PQ
 from vqonnx.methods.residual import Residual
 from vqonnx.methods.svd import SVD
+from vqonnx.methods.transform import Transform
 
-__all__ = ["BGD", "DQC", "METHODS", "PQ", "SVD", "Best", "Binary", "KMeans", "Residual", "method_by_name"]
+__all__ = [
+    "BGD",
+    "DQC",
+    "METHODS",
+    "PQ",
+    "SVD",
+    "Best",
+    "Binary",
+    "KMeans",
+    "Residual",
+    "Transform",
+    "method_by_name",
+]
 
-METHODS: tuple[type[Method], ...] = (KMeans, PQ, BGD, Residual, Binary, SVD, DQC, Best)
+METHODS: tuple[type[Method], ...] = (KMeans, PQ, BGD, Residual, Binary, SVD, DQC, Transform, Best)
 
 
 def method_by_name(name: str, options: Mapping[str, Any] | None = None) -> Method:
