@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from nets import CALIBRATION, MLP
-from test_cli import _logging_as_before, run  # noqa: F401 (fixtures)
+from test_cli import run  # noqa: F401 (a fixture)
 
 import vqonnx
 from vqonnx.methods import PQ
