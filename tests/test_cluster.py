@@ -219,6 +219,14 @@ def test_points_that_nearly_coincide_pass_without_a_warning(seed: int) -> None:
 # ---------------------------------------------------------------- nearest
 
 
+def test_nearest_of_thousands_of_words() -> None:
+    """So many that the points are looked at in pieces; the words are the whole numbers, in another order."""
+    order = np.random.default_rng(0).permutation(4096)
+    points = np.random.default_rng(1).integers(0, 4096, 10_000)
+    labels = nearest(points[:, None].astype(np.float32) / 4, order[:, None].astype(np.float32) / 4)
+    np.testing.assert_array_equal(order[labels], points)
+
+
 @given(**CLOUDS)
 def test_nearest_is_the_nearest(count: int, width: int, words: int, seed: int) -> None:
     points, centres = cloud(count, width, seed), cloud(words, width, seed + 1)

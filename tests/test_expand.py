@@ -101,6 +101,26 @@ def test_every_target_expands_to_the_weights_that_the_codes_mean(name: str, meth
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_codes_of_eleven_bits(target: Target, tmp_path: Path) -> None:
+    """Every vector is a word, so the weight comes back but for the rounding of the words; report counts 11 bits."""
+    model = nets.dense(2, 128)
+    path = compress(model, target, tmp_path, PQ(width=8, bits=12))
+    plain = tmp_path / "plain.onnx"
+    assert vqonnx.expand(path, plain) == 2
+    weights = plain_weights(plain)
+    for weight, original in zip(weights, nets.weights_of(model.graph).values(), strict=True):
+        np.testing.assert_array_equal(weight, original.astype(np.float16))
+    if target != "portable":
+        for weight, decoded in zip(weights, decoded_weights(path), strict=True):
+            np.testing.assert_array_equal(weight, decoded)
+    assert [layer.bytes for layer in vqonnx.report(path).layers] == [128 * 22 + 2048 * 8 * 2] * 2  # 16 codes a row
+    feed = {"h0": nets.draw((3, 128), 7)}
+    for library in (False, True)[target == "custom" :]:
+        (wanted,), (got,) = nets.outputs(plain, feed), nets.outputs(path, feed, library=library)
+        np.testing.assert_array_equal(got, wanted, err_msg=f"{target}, library {library}")
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", nets.SMALL)
 def test_the_graph_is_that_of_the_original(name: str, target: Target, tmp_path: Path) -> None:
     source = nets.SMALL[name]()

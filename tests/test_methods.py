@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vqonnx.errors import OptionError
-from vqonnx.form import Coded, Dense, Form, Product
+from vqonnx.form import Coded, Dense, Form, Product, code_bits, row_bytes
 from vqonnx.method import Layer, LeftAlone, Method, Needs, blocks_of
 from vqonnx.methods import METHODS, method_by_name
 from vqonnx.methods.bgd import BGD
@@ -363,7 +363,7 @@ def test_clamp_words(words: int, vectors: int, expected: int) -> None:
     assert clamp_words(words, vectors) == expected
 
 
-@given(st.integers(1, 8), st.integers(1, 5000))
+@given(st.integers(1, 12), st.integers(1, 50_000))
 def test_clamp_words_is_the_largest_power_of_two_below_a_quarter(bits: int, vectors: int) -> None:
     powers = [2**power for power in range(bits + 1) if 2**power < vectors / 4]
     assert clamp_words(2**bits, vectors) == max(powers, default=1)
@@ -515,6 +515,51 @@ def test_a_width_beyond_the_row_is_left_alone_with_both_numbers(kind: type[Metho
 
 def test_only_bgd_asks_for_data() -> None:
     assert [kind.id for kind in METHODS if kind.needs is Needs.MOMENTS] == ["bgd"]
+
+
+# ---------------------------------------------------------------- codes of more than a byte
+
+
+@pytest.mark.parametrize(("kind", "most"), [(PQ, 4096), (BGD, 1024)])
+def test_more_words_than_a_byte_counts(kind: type[Method], most: int) -> None:
+    layer = with_moments(gaussian(64, 160, 0))  # 5,120 vectors, so that a codebook by the paper's rule ends at 1,024
+    found = []
+    for bits in (8, 10, 12):
+        method = kind(width=2, bits=bits)
+        form = encode(method, layer)
+        assert isinstance(form, Coded), spell(method, layer)
+        words = min(2**bits, most)
+        assert (form.words, form.codes.max()) == (words, words - 1), spell(method, layer)
+        assert form.nbytes == 64 * row_bytes(80, code_bits(words)) + 2 * words * 2, spell(method, layer)
+        found.append(snr(layer, form))
+    # One bit more a weight is 6.02 dB at high rates, and more where there are few vectors for each word.
+    assert 5 < found[1] - found[0] < 9, f"{spell(kind(width=2), layer)}: {found}"
+    assert found[2] > found[1] + 6 if most > 1024 else found[2] == found[1], f"{spell(kind(width=2), layer)}: {found}"
+
+
+def test_bits_end_at_twelve() -> None:
+    for kind in (PQ, BGD):
+        with pytest.raises(OptionError, match=f"'{kind.id}': bits is 13; choose 1 to 12"):
+            kind(bits=13)
+    with pytest.raises(OptionError, match="'bgd': classifier_bits is 13; choose 1 to 12"):
+        BGD(classifier_bits=13)
+
+
+def test_bgd_may_give_the_classifier_more_bits() -> None:
+    classifier = with_moments(gaussian(96, 96, 0, last=True))
+    method = BGD(bits=6, classifier_bits=9)
+    assert array_bytes(method.encode(classifier)) == array_bytes(BGD(bits=9).encode(classifier))
+    assert method.encode(classifier).words == 512
+    assert BGD(bits=6).encode(classifier).words == 64
+    assert BGD(bits=6, classifier_bits=3).encode(classifier).words == 8
+    for other in (replace(classifier, last=False), with_moments(gaussian(96, 96, 0, (1, 1), last=True))):
+        assert array_bytes(method.encode(other)) == array_bytes(BGD(bits=6).encode(other)), spell(method, other)
+
+
+def test_bgd_clamps_the_codebook_of_the_classifier_too() -> None:
+    classifier = gaussian(64, 64, 0, last=True)  # 1,024 vectors
+    assert BGD(classifier_bits=11).encode(classifier).words == 128
+    assert BGD(classifier_bits=9, clamp="vectors").encode(classifier).words == 512
 
 
 # ---------------------------------------------------------------- residual

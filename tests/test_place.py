@@ -62,6 +62,13 @@ def scaled(matrix: Matrix) -> Coded:
     return Coded(plain.codes, plain.codebooks, plain.cols, scales.astype(np.float16))
 
 
+def long_codes(matrix: Matrix) -> Coded:
+    """Codes of 11 bits: those of the values, after 1,500 words that nothing uses."""
+    plain = scalar(matrix)
+    words = np.concatenate([np.full((1500, 1), 77, np.float32), plain.codebooks[0, 0]])
+    return Coded.one_stage(plain.codes[0].astype(np.int64) + 1500, words)
+
+
 def product(matrix: Matrix) -> Product:
     order = np.random.default_rng(0).permutation(matrix.shape[1])
     return Product(scalar(matrix[:, order]), scalar(np.eye(matrix.shape[1], dtype=np.float32)[order]))
@@ -83,6 +90,8 @@ FORMS: dict[str, Exact] = {
     "whole rows": lambda matrix: blocks_of(matrix, matrix.shape[1]),
     "two stages and books": two_stages_and_books,
     "scaled rows": scaled,
+    "long codes": long_codes,
+    "long beside short codes": lambda matrix: Blocks((long_codes(matrix[:1]), blocks_of(matrix[1:], 2)), axis=0),
     "one scale": lambda matrix: Coded(
         scalar(matrix * 2).codes, scalar(matrix * 2).codebooks, matrix.shape[1], np.full((1, 1), 0.5, np.float32)
     ),
@@ -176,7 +185,7 @@ def test_the_body_is_of_the_models_opset(opset: int, target: Target) -> None:
     text = "(float[2, 6] x) => (float[R, C] y) { h = Gemm (x, w, b)  y = MatMul (h, v) }"
     model = parse(text, opset=opset, w=numbers((6, 4), 1), v=numbers((4, 3), 2), b=numbers((4,), 3))
     case = Case(f"opset {opset}", model, (), frozenset(), {"x": numbers((2, 6), 4)})
-    for form in ("nested", "two stages and books", "scaled rows", "wide blocks with a tail"):
+    for form in ("nested", "two stages and books", "scaled rows", "wide blocks with a tail", "long codes"):
         rewritten = rewrite(case.copy(), target, exact=FORMS[form])
         assert_same_outputs(case, rewritten)
         assert {entry.domain: entry.version for entry in rewritten.opset_import}.get("") == opset
@@ -235,7 +244,9 @@ def rewrite_file(path: Path, target: Target) -> ModelProto:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("form", ["scalar", "scaled rows", "two stages and books", "wide blocks with a tail"])
+@pytest.mark.parametrize(
+    "form", ["scalar", "scaled rows", "long codes", "two stages and books", "wide blocks with a tail"]
+)
 def test_the_stored_bytes_do_not_depend_on_the_target(form: str, target: Target) -> None:
     model = CASES["gemm"].copy()
     (site,) = find(model, ".").sites

@@ -84,9 +84,10 @@ def nearest(points: NDArray[np.floating], words: NDArray[Any]) -> NDArray[np.int
     words = words.astype(np.float32)
     half = 0.5 * np.einsum("kd,kd->k", words, words)
     labels = np.empty(len(points), np.int64)
-    for start in range(0, len(points), 65536):  # 64 MB of distances at a time for 256 words
-        chunk = points[start : start + 65536].astype(np.float32)
-        labels[start : start + 65536] = np.argmin(half - chunk @ words.T, axis=1)
+    step = min(65536, 2**24 // len(words))  # 64 MB of distances at a time, or less
+    for start in range(0, len(points), step):
+        chunk = points[start : start + step].astype(np.float32)
+        labels[start : start + step] = np.argmin(half - chunk @ words.T, axis=1)
     return labels
 
 

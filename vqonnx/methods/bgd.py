@@ -26,6 +26,8 @@ class BGD(Method):
         width: Weights per codeword; None takes the paper's block for the kind of layer; 8 with ``hwi``.
         blocks: The paper's ``small`` blocks (3x3 kernels: 9, 1x1: 4) or ``large`` ones (18 and 8); Gemm and MatMul: 4.
         bits: Bits per code.
+        classifier_bits: Bits per code of the last layer where that is a Gemm or MatMul; None for as many as elsewhere.
+            The paper takes 11 for ResNet-18 and 10 for ResNet-50.
         clamp: Keep the codebook below a ``quarter`` of the number of vectors, as the paper does, or only at the number
             of ``vectors``.
         first: Compress the first layer of the model too; the paper leaves it alone.
@@ -37,12 +39,14 @@ class BGD(Method):
     width: int | None = None
     blocks: Literal["small", "large"] = "small"
     bits: int = 8
+    classifier_bits: int | None = None
     clamp: Literal["quarter", "vectors"] = "quarter"
     first: bool = False
     codebook: CodebookType = "float16"
 
     def __post_init__(self) -> None:
-        check_range(self, "bits", 1, 8)
+        check_range(self, "bits", 1, 12)
+        check_range(self, "classifier_bits", 1, 12)
         check_range(self, "width", 1, 64)
 
     def encode(self, layer: Layer) -> Coded:
@@ -54,7 +58,9 @@ class BGD(Method):
             raise LeftAlone(f"width {width} is more than the {cols} columns of a row")
         blocks = blocks_of(layer.weight, width)
         vectors = blocks.reshape(-1, width)
-        words = 2**self.bits if self.clamp == "vectors" else clamp_words(2**self.bits, len(vectors))
+        words = 2 ** self._bits(layer)
+        if self.clamp == "quarter":
+            words = clamp_words(words, len(vectors))
         if words < 2:
             raise LeftAlone(f"{len(vectors)} vectors of width {width} are too few for a codebook")
         if layer.moments is None:  # in a subgraph or function, where inputs are not observed
@@ -63,6 +69,10 @@ class BGD(Method):
             found = kmeans_in_metric(vectors, words, layer.moments.pooled_gram(width), seed=layer.seed)
         stored = store(found.words, self.codebook)
         return Coded.one_stage(codes=found.labels.reshape(blocks.shape[:2]), codebook=stored, cols=cols)
+
+    def _bits(self, layer: Layer) -> int:
+        is_classifier = layer.last and not layer.kernel
+        return self.classifier_bits if is_classifier and self.classifier_bits is not None else self.bits
 
     def _paper_width(self, layer: Layer) -> int:
         taps = prod(layer.kernel)

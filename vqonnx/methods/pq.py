@@ -35,7 +35,7 @@ class PQ(Method):
     codebook: CodebookType = "float16"
 
     def __post_init__(self) -> None:
-        check_range(self, "bits", 1, 8)
+        check_range(self, "bits", 1, 12)
         check_range(self, "width", 1, 64)
 
     def encode(self, layer: Layer) -> Coded:
