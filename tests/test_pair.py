@@ -136,9 +136,12 @@ def test_two_layers_do_what_one_does(case: Biased, target: Target, kinds: tuple[
             return
         site = only_site(model)
         (names,) = place(model, [Placement(site, Product(left, right, apply), case.view)], target)
-        onnx.checker.check_model(model, full_check=True)
+        # onnx (1.23) infers too few axes where an output_shape is smaller than the input, in any model.
+        onnx.checker.check_model(model, full_check="output_shape" not in case.layer.attributes)
         weights = [node.input[1] for node in model.graph.node if node.op_type in LINEAR and node.domain == ""]
-        assert weights[-2:] == list(names) if apply == "activations" else (weights[-1], names) == ("w", ())
+        refused = "output_shape" in case.layer.attributes and case.order != "ohw"
+        split_up = apply == "activations" and not refused
+        assert weights[-2:] == list(names) if split_up else (weights[-1], names) == ("w", ())
         ways = [(runnable(model), False)] + ([(model.SerializeToString(), True)] if target != "portable" else [])
         for written, library in ways:
             for optimise in (True, False):
@@ -155,8 +158,11 @@ def test_joining_undoes_splitting(case: Biased) -> None:
         return
     site = only_site(model)
     left, right = case.factors
-    pair = pair_of(site, case.view, Product(Dense(left), Dense(right), "activations"))
-    assert pair is not None
+    product = Product(Dense(left), Dense(right), "activations")
+    pair = pair_of(site, case.view, product)
+    if pair is None:
+        assert "output_shape" in str(obstacle(site, case.view, product))
+        return
     first, second = split(site.node, pair, ("a", "b"), "between", "zero" if case.opset < 11 else None)
     back = join(first, second, "w")
     for node in (back, site.node):
@@ -331,7 +337,7 @@ def test_what_cannot_be_two_layers_is_multiplied_out_and_said(caplog: pytest.Log
         form: Form = product if model is not parted else Blocks((product, Dense(numbers((1, 6), 3))), axis=0)
         if model is parted:
             form = Blocks((Product(Dense(numbers((3, 2), 1)), product.right, "activations"), form.parts[1]), axis=0)
-        assert obstacle(site, form) == reason
+        assert obstacle(site, view, form) == reason
         assert multiplications(site, view, form).share == 1
         caplog.clear()
         with caplog.at_level(logging.WARNING, "vqonnx"):

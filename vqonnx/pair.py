@@ -81,7 +81,7 @@ def multiplications(site: Site, view: View, form: Form) -> Multiplications:
 
 def pair_of(site: Site, view: View, form: Form) -> Pair | None:
     """The form as two layers where it asks for it and that can be (or, for ``cheaper``, is worthwhile); else None."""
-    if not isinstance(form, Product) or form.apply == "weights" or obstacle(site, form):
+    if not isinstance(form, Product) or form.apply == "weights" or obstacle(site, view, form):
         return None
     pair = _pair(site, view, form)
     if form.apply == "cheaper" and _count(site, pair).share > _WORTHWHILE:
@@ -89,7 +89,7 @@ def pair_of(site: Site, view: View, form: Form) -> Pair | None:
     return pair
 
 
-def obstacle(site: Site, form: Form) -> str | None:
+def obstacle(site: Site, view: View, form: Form) -> str | None:
     """Why a form that asks to be applied to activations cannot be; None if it can, or does not ask."""
     if not isinstance(form, Product) or form.apply == "weights":
         return "it is only a part of the weight" if _asks(form) else None
@@ -100,6 +100,9 @@ def obstacle(site: Site, form: Form) -> str | None:
         return "layers of different groups share the weight"
     if any(a.ref_attr_name for node in nodes for a in node.attribute if a.name in ("group", "transB")):
         return "an attribute of a layer is set by the caller of its function"
+    if site.op_type == "ConvTranspose" and not view.by_input and any("output_shape" in attributes(n) for n in nodes):
+        # Where it is smaller than the input, onnx (1.23) infers two axes, and onnxruntime loads no layer behind that.
+        return "onnx may infer a wrong shape behind a ConvTranspose with output_shape"
     return None
 
 

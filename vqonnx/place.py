@@ -118,7 +118,7 @@ def _place(placement: Placement, edits: _Edits, target: Target, opset: int) -> t
     edit.gone.add(site.source)
     pair = pair_of(site, view, form)
     if pair is None:
-        reason = obstacle(site, form)
+        reason = obstacle(site, view, form)
         if reason is not None:
             _log.warning("%s: the product is multiplied out into the weight, as %s", site.name, reason)
         names: tuple[str, ...] = ()
