@@ -31,7 +31,7 @@ from vqonnx.training.recipe import Recipe
 from vqonnx.training.tuner import Tuner
 
 RESULTS = Path(__file__).resolve().parent / "results" / "distill"
-ALL = Recipe(steps=300, layer_steps=0, batch=64, rate=0.01)
+ALL = Recipe(steps=150, layer_steps=0, batch=64, rate=0.01)
 LAYERS = replace(ALL, steps=0, layer_steps=3, layer_rate=0.05)
 # Name -> model, clamp of the codebooks, recipe, what is special.
 RUNS: dict[str, tuple[str, str, Recipe, str]] = {

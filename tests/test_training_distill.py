@@ -209,6 +209,26 @@ def test_any_outputs_by_squared_error(tmp_path: Path) -> None:
     assert made.loss_after < 0.995 * made.loss_before
 
 
+@pytest.mark.parametrize("name", ["resnet20_bn", "squeezenet"])
+def test_the_student_is_what_onnxruntime_makes_of_the_file(name: str, data_dir: Path, tmp_path: Path) -> None:
+    """On real networks; the second ends in a Softmax."""
+    model, compressed = data_dir / "models" / f"{name}.onnx", tmp_path / "small.onnx"
+    vqonnx.compress(model, PQ(width=4, bits=5)).save(compressed, verify=False)
+    key, shape = ("input", (6, 3, 32, 32)) if name == "resnet20_bn" else ("data_0", (2, 3, 224, 224))
+    scale = 1 if name == "resnet20_bn" else 60
+    data = {key: scale * np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+    recipe = Recipe(steps=1, layer_steps=0, batch=6, rate=1e-12, weight_decay=0, statistics=False)
+    made = distill(model, compressed, data, recipe)
+    outputs = [next(iter(run(open_session(path, threads=1), data).values())) for path in (model, compressed)]
+    p, q = (values.reshape(len(values), -1).astype(np.float64) for values in outputs)
+    if name == "resnet20_bn":
+        p, q = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True) for logits in (p, q))
+    expected = (p * np.log(p / q)).sum() / len(p)
+    assert expected > 0.01
+    assert made.loss_before == pytest.approx(expected, rel=2e-3)
+    assert made.loss_after == pytest.approx(expected, rel=2e-3)
+
+
 # What is kept of it
 
 
