@@ -1,0 +1,295 @@
+"""What each command of the command line does: one function each, which gives the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from vqonnx import modelfile, show
+from vqonnx.allocate import Progress
+from vqonnx.bench import bench
+from vqonnx.compress import compress
+from vqonnx.config import Config, read_config
+from vqonnx.errors import OptionError
+from vqonnx.expand import expand
+from vqonnx.generate import generate_feeds
+from vqonnx.graph import LINEAR
+from vqonnx.labels import read_labels
+from vqonnx.method import Method
+from vqonnx.methods import DQC, METHODS, method_by_name
+from vqonnx.place import Target
+from vqonnx.published import import_kill_the_bits
+from vqonnx.report import report, sizes_json
+from vqonnx.verify import compare, junit
+
+FAILED = 1  # exit code of a check that failed
+
+
+def run_compress(options: argparse.Namespace) -> int:
+    """Compress a model, check it and show what came out."""
+    config = read_config(options.config) if options.config else Config()
+    modelfile.check_output(options.output, options.model)
+    with _progress(options, "compress") as progress:
+        result = compress(
+            options.model,
+            _method(options, config),
+            calibration=options.calibration,
+            include=[*config.include, *options.include],
+            exclude=[*config.exclude, *options.exclude],
+            op_types=options.op_types or config.op_types or LINEAR,
+            overrides=config.overrides,
+            target=_target(options.target or config.target or "hybrid"),
+            seed=options.seed if options.seed is not None else config.seed or 0,
+            batch=options.batch,
+            input_shapes=_shapes(options.input_shapes),
+            allow_unchanged=options.allow_unchanged,
+            progress=progress,
+        )
+    saved = result.save(options.output, verify=not options.no_verify, rtol=options.check_rtol, atol=options.check_atol)
+    if options.json:
+        content = sizes_json(result.bytes_before, saved.bytes, result.layers, result.skipped)
+        content["verify"] = None if saved.comparison is None else saved.comparison.to_json()
+        _print_json(content)
+    elif not options.quiet:
+        show.layers(result.layers)
+        show.skipped(result.skipped)
+        show.sizes(result.bytes_before, saved.bytes, saved.path)
+        if saved.comparison is not None:
+            data = "generated inputs" if options.calibration is None else "calibration data"
+            show.moved(saved.comparison, data)
+    return 0
+
+
+def _target(name: str) -> Target:
+    if name not in get_args(Target):
+        raise OptionError(f"target '{name}' is unknown; choose one of {', '.join(get_args(Target))}")
+    return cast(Target, name)
+
+
+def _method(options: argparse.Namespace, config: Config) -> Method | None:
+    """The method that command line and configuration ask for; None leaves the choice to `compress`."""
+    name = options.method or config.method
+    same = options.method in (None, config.method)  # options of the file belong to its method
+    values: dict[str, Any] = dict(config.options) if same else {}
+    for setting in options.set:
+        key, sign, value = setting.partition("=")
+        if not sign:
+            raise OptionError(f"--set {setting}: write it as option=value")
+        values[key] = value
+    if options.bits is not None:
+        values["bits"] = options.bits
+    if options.width is not None:
+        values["width"] = options.width
+    if name is None and not values:
+        return None
+    return method_by_name(name or ("pq" if options.calibration is None else "bgd"), values)
+
+
+def run_distill(options: argparse.Namespace) -> int:
+    """Tune the codebooks of a compressed model."""
+    try:
+        from vqonnx.training.distill import distill
+        from vqonnx.training.recipe import Recipe
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise OptionError("distill needs PyTorch; install it with: pip install 'vqonnx[distill]'") from error
+    modelfile.check_output(options.output, options.original)
+    modelfile.check_output(options.output, options.compressed)
+    names = [field.name for field in fields(Recipe) if getattr(options, field.name, None) is not None]
+    recipe = Recipe(**{name: getattr(options, name) for name in names})
+    checkpoint = None if options.checkpoint is None else Path(options.checkpoint)
+    with _progress(options, "distill") as progress:
+        made = distill(
+            options.original,
+            options.compressed,
+            options.calibration,
+            recipe,
+            checkpoint=checkpoint,
+            device=options.device,
+            progress=progress and (lambda done, total, text: progress(done - 1, total, text)),
+        )
+    saved = made.save(options.output, verify=not options.no_verify)
+    if options.json:
+        content = sizes_json(made.result.bytes_before, saved.bytes, made.result.layers, made.result.skipped)
+        content["loss"] = {"before": made.loss_before, "after": made.loss_after}
+        content["verify"] = None if saved.comparison is None else saved.comparison.to_json()
+        _print_json(content)
+    elif not options.quiet:
+        show.layers(made.result.layers)
+        show.sizes(made.result.bytes_before, saved.bytes, saved.path)
+        show.line(f"loss {made.loss_before:.4g} -> {made.loss_after:.4g}")
+        if saved.comparison is not None:
+            show.moved(saved.comparison, "calibration data")
+    return FAILED if made.diverged else 0
+
+
+def run_train_dqc(options: argparse.Namespace) -> int:
+    """Train a classifier with power-of-two weights."""
+    try:
+        from vqonnx.training.dqc import Recipe, train_dqc
+        from vqonnx.training.loop import Schedule
+        from vqonnx.training.samples import Samples
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise OptionError("train-dqc needs PyTorch; install it with: pip install 'vqonnx[distill]'") from error
+    modelfile.check_output(options.output, options.model)
+    method = cast(DQC, method_by_name("dqc", {"bits": options.bits, "zero": not options.no_zero, "fit": "paper"}))
+    samples = Samples(
+        options.model, options.data, read_labels(options.labels), batch=options.batch, seed=options.seed or 0
+    )
+    steps = options.steps or -(-samples.count // options.batch)
+    drops = (int(0.6 * steps), int(0.85 * steps))
+    with _progress(options, "train") as progress:
+        trained = train_dqc(
+            options.model,
+            samples,
+            method,
+            Recipe(Schedule(steps, options.rate, drops), options.rule, options.l1, options.l2, options.teacher),
+            original=options.original,
+            checkpoint=None if options.checkpoint is None else Path(options.checkpoint),
+            data_name=f"{Path(options.data).name} {Path(options.labels).name}",
+            progress=progress and (lambda done, total, text: progress(done - 1, total, text)),
+        )
+    saved = trained.result.save(options.output, verify=not options.no_verify)
+    if options.json:
+        content = sizes_json(trained.result.bytes_before, saved.bytes, trained.result.layers, trained.result.skipped)
+        content["losses"] = trained.history.losses
+        content["diverged"] = trained.history.diverged
+        content["verify"] = None if saved.comparison is None else saved.comparison.to_json()
+        _print_json(content)
+    elif not options.quiet:
+        show.layers(trained.result.layers)
+        show.skipped(trained.result.skipped)
+        show.sizes(trained.result.bytes_before, saved.bytes, saved.path)
+    return FAILED if trained.history.diverged is not None else 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Compare two models; exit code 1 if a limit is not kept."""
+    _check_models(options)
+    feeds = options.data or generate_feeds(options.original, shapes=_shapes(options.input_shapes), seed=0)
+    labels = None if options.labels is None else read_labels(options.labels)
+    comparison = compare(
+        options.original,
+        options.compressed,
+        feeds,
+        labels=labels,
+        library=options.library,
+        min_snr=options.min_snr,
+        min_agreement=options.min_agreement,
+        max_drop=options.max_drop,
+        rtol=options.check_rtol,
+        atol=options.check_atol,
+        threads=options.threads,
+    )
+    if options.junit:
+        with modelfile.whole_or_nothing(options.junit) as draft:
+            draft.write_text(junit(comparison, Path(options.compressed).name), encoding="utf-8")
+    if options.json:
+        _print_json(comparison.to_json())
+    elif not options.quiet:
+        show.comparison(comparison)
+    return 0 if comparison.passed else FAILED
+
+
+def run_report(options: argparse.Namespace) -> int:
+    """Show what each layer of a compressed model costs."""
+    found = report(options.model)
+    if options.json:
+        _print_json(found.to_json())
+    elif not options.quiet:
+        show.layers(found.layers)
+        show.skipped(found.skipped)
+        show.sizes(found.bytes_before, found.bytes_after, Path(options.model))
+        if found.distilled is not None:
+            show.distilled(found.distilled)
+    return 0
+
+
+def run_expand(options: argparse.Namespace) -> int:
+    """Write a plain model."""
+    count = expand(options.model, options.output)
+    if not options.quiet:
+        show.line(f"{options.output}: {count} weights decoded, {modelfile.file_bytes(options.output):,} bytes")
+    return 0
+
+
+def run_import(options: argparse.Namespace) -> int:
+    """Put a published checkpoint into a graph."""
+    modelfile.check_output(options.output, options.model)
+    shapes, target = _shapes(options.input_shapes), _target(options.target)
+    result = import_kill_the_bits(options.checkpoint, options.model, target=target, input_shapes=shapes)
+    saved = result.save(options.output)
+    paper = result.checkpoint.paper_mib
+    if options.json:
+        _print_json({**sizes_json(result.bytes_before, saved.bytes, result.layers, ()), "paper_mib": paper})
+    elif not options.quiet:
+        show.layers(result.layers)
+        show.sizes(result.bytes_before, saved.bytes, saved.path)
+        show.line(f"by the paper's rule {paper:.3f} MiB; the file has {saved.bytes / 2**20:.3f} MiB")
+    return 0
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """Show latency and memory of two models."""
+    _check_models(options)
+    result = bench(
+        options.original,
+        options.compressed,
+        feeds=options.data,
+        threads=options.threads or 1,
+        rounds=options.rounds,
+        shapes=_shapes(options.input_shapes),
+    )
+    if options.json:
+        _print_json(result.to_json())
+    elif not options.quiet:
+        show.bench(result)
+    return 0
+
+
+def run_methods(options: argparse.Namespace) -> int:
+    """List the methods."""
+    if not options.quiet:
+        show.methods(METHODS)
+    return 0
+
+
+def _check_models(options: argparse.Namespace) -> None:
+    """Refuse files that are no models in our words, before onnxruntime does in its own."""
+    for path in (options.original, options.compressed):
+        modelfile.load(path)
+
+
+def _shapes(texts: Sequence[str]) -> dict[str, list[int]] | None:
+    """``name:1x3x224x224`` as a dict; None without any."""
+    shapes = {}
+    for text in texts:
+        name, _, sizes = text.rpartition(":")
+        try:
+            shapes[name] = [int(size) for size in sizes.replace(",", "x").split("x") if size]
+        except ValueError:
+            name = ""
+        if not name:
+            raise OptionError(f"--input-shapes {text}: write it as name:1x3x224x224")
+    return shapes or None
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(content, indent=2, allow_nan=False))
+
+
+@contextmanager
+def _progress(options: argparse.Namespace, title: str) -> Iterator[Progress | None]:
+    if options.quiet:
+        yield None
+        return
+    with show.progress(title) as update:
+        yield update
