@@ -85,8 +85,9 @@ class Bench:
             errors["all"].append(self._error(saved.path))
             for name, path in self._alone(saved.path, methods):
                 errors[name].append(self._error(path))
-        for layer in result.layers:
-            assert layer.bytes == choice.stored_bytes(self.dense[layer.name]), (choice, layer)
+        for layer in result.layers:  # less only where a layer before has the same codebook
+            assert layer.bytes <= choice.stored_bytes(self.dense[layer.name]), (choice, layer)
+        assert result.layers[0].bytes == choice.stored_bytes(self.dense[result.layers[0].name]), choice
         # As the file has them: a codebook that two layers have in common is stored once.
         stored = {layer.name: layer.bytes for layer in vqonnx.report(saved.path).layers}
         assert set(stored) == set(methods), (choice, result.skipped)

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from vqonnx import uniform
 from vqonnx.bases import coefficients, elt, klt, projected
 from vqonnx.errors import OptionError
-from vqonnx.form import Blocks, Coded, Form, Product, row_bytes
+from vqonnx.form import Apply, Blocks, Coded, Form, Product, row_bytes
 from vqonnx.lagrange import Curve, allocate, least_rate, lower_hull, total
 from vqonnx.method import Budgeted, Layer, LeftAlone, Needs, Way, check_range
 from vqonnx.metric import Metric
@@ -48,6 +48,8 @@ class Transform(Budgeted):
         axis: Transform the input channels (``rows``, which the paper prefers), the outputs (``columns``), or whichever
             is better for a layer (``either``).
         blocks: Blocks of rows that share a bit depth of 0 to 8; None gives each row its own.
+        apply: How a layer with a basis is run: basis times coefficients as ``weights``, one after the other on the
+            ``activations`` (without the components that have no bits), or whichever is ``cheaper``.
     """
 
     id: ClassVar[str] = "transform"
@@ -56,6 +58,7 @@ class Transform(Budgeted):
     basis_bits: int | None = None
     axis: Literal["rows", "columns", "either"] = "rows"
     blocks: int | None = 8
+    apply: Apply = "weights"
 
     def __post_init__(self) -> None:
         if not 0 < self.bits <= _MOST_BITS:
@@ -81,7 +84,8 @@ class Transform(Budgeted):
 
     def encode(self, layer: Layer) -> Form:
         with threadpool_limits(limits=1):
-            return self._encode(layer)
+            form = self._encode(layer)
+        return replace(form, apply=self.apply) if isinstance(form, Product) else form
 
     def _encode(self, layer: Layer) -> Form:
         budget = int(self.bits * layer.weight.size / 8 + 1e-6)
