@@ -26,10 +26,11 @@ from common import Feed, cifar_feeds, cifar_labels, data_dir, imagenet_feeds, im
 from PIL import Image
 
 import vqonnx
-from vqonnx.bases import coefficients, elt
+from vqonnx.bases import coding_gain_db, damped, elt
 from vqonnx.calibrate import Walk
 from vqonnx.graph import find
 from vqonnx.modelfile import load
+from vqonnx.runtime import read_inputs
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "transform"
@@ -112,7 +113,7 @@ def _squeezenet(split: str, count: int) -> Iterable[Feed]:
     """BGR minus (104, 117, 123), 224 x 224."""
     kinds = (".jpg", ".jpeg")
     paths = sorted(path for path in (data_dir() / "imagenet" / split).iterdir() if path.suffix.lower() in kinds)
-    name = load(data_dir() / "models" / "squeezenet.onnx").graph.input[0].name
+    name = read_inputs(data_dir() / "models" / "squeezenet.onnx")[0].name
     for path in paths[:count]:
         with Image.open(path) as image:
             left, top = (image.width - 224) // 2, (image.height - 224) // 2
@@ -121,7 +122,7 @@ def _squeezenet(split: str, count: int) -> Iterable[Feed]:
 
 
 def write_gains() -> None:
-    """Coding gain of the ELT of the input channels of each layer of ResNet-56, by METHODS 4.3: before over after."""
+    """Coding gain of the ELT of the input channels, layer by layer of ResNet-56 (METHODS 4.3), with the damping."""
     model = data_dir() / "models" / "resnet56.onnx"
     proto = load(model)
     sites = find(proto, model.parent).sites
@@ -129,22 +130,12 @@ def write_gains() -> None:
     with Walk(proto, model.parent, sites, cifar_feeds("train_0", 256, batch=64)) as walk:
         for site in sites:
             weight = site.view("ohw").matrix(site.read()).astype(np.float64)
-            gram = walk.observe(site, "ihw").channel_gram(math.prod(site.kernel))
-            basis = elt(weight, gram)
-            basis = basis / np.linalg.norm(basis, axis=0)
-            parts = coefficients(basis, weight)
-            plain = np.mean(weight**2, axis=1) * np.diag(gram)
-            turned = np.mean(parts**2, axis=1) * np.diag(basis.T @ gram @ basis)
-            gains[site.name] = round(float(10 * (np.log10(_mean(plain)) - np.log10(_mean(turned)))), 2)
+            sensitivity = damped(walk.observe(site, "ihw").channel_gram(math.prod(site.kernel)))
+            gains[site.name] = coding_gain_db(elt(weight, sensitivity), weight, sensitivity)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "gain_resnet56.json").write_text(json.dumps({"gain_db": gains, "setting": setting()}, indent=1) + "\n")
-    values = list(gains.values())
+    values = [gain for gain in gains.values() if gain is not None]
     print(f"coding gain: {min(values):.2f} to {max(values):.2f} dB, median {np.median(values):.2f} dB")
-
-
-def _mean(values: np.ndarray) -> float:
-    """Geometric mean; channels that are always zero do not count."""
-    return float(np.exp(np.mean(np.log(values[values > 1e-12 * values.max()]))))
 
 
 def print_tables() -> None:
