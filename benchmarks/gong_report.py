@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from gong import RESULTS
 from matplotlib.axes import Axes
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import StrMethodFormatter
 
 PLOTS = Path(__file__).parents[1] / "docs" / "plots"
 NAMES = {"lenet300": "LeNet-300-100", "lenet5": "LeNet-5"}
@@ -34,7 +34,7 @@ FAMILIES: dict[str, tuple[str, str, str, str | None]] = {
 BOUNDS = (2, 4, 8, 16, 24, 32)
 # (family, label): top-1 error that the paper's figures show, all dense layers; the uncompressed network has 41.1.
 PLAIN = 41.1
-PUBLISHED = {
+PUBLISHED: dict[tuple[str, str], tuple[float, float] | str | None] = {
     ("KM", "k=256"): (4, 41.2),
     ("KM", "k=16"): (8, 41.7),
     ("KM", "k=4"): (16, 45.0),
@@ -47,8 +47,10 @@ PUBLISHED = {
     ("PQ outputs", "k=8, length 2"): None,
     ("PQ outputs", "k=8, length 3"): None,
     ("PQ outputs", "k=8, length 4"): None,
-    ("RQ", "k=256, t=1"): (3.6, 71.0),
-    ("RQ", "k=64, t=2"): (2.3, 59.3),
+    ("RQ", "k=256, t=1"): "2.3x, +18.2; 3.6x, +29.9 (t not known)",
+    ("RQ", "k=64, t=1"): None,
+    ("RQ", "k=16, t=8"): None,
+    ("RQ", "k=16, t=4"): None,
     ("RQ", "k=16, t=2"): None,
     ("RQ", "k=16, t=1"): None,
     ("SVD", "aims at 2"): (2, 42.6),
@@ -61,6 +63,18 @@ PUBLISHED = {
     ("Binary", "a scale per layer"): None,
     ("Binary", "a scale per row"): None,
 }
+# One layer at a time; both axes of PQ, as a layer with few outputs suits only one of them.
+ALONE = (
+    ("KM", "k=4"),
+    ("KM", "k=2"),
+    ("PQ", "k=8, length 4"),
+    ("PQ outputs", "k=8, length 4"),
+    ("PQ outputs", "k=4, length 2"),
+    ("SVD", "aims at 2"),
+    ("SVD", "aims at 8"),
+    ("Binary", "no scale"),
+    ("Binary", "a scale per row"),
+)
 Points = list[dict[str, Any]]
 
 
@@ -69,7 +83,7 @@ def main() -> None:
     points: Points = content["points"]
     plain = {name: network["error"] for name, network in content["networks"].items()}
     print_settings(points, plain)
-    print_best(points, plain)
+    print_best(points, content["networks"])
     for name, network in content["networks"].items():
         print_layers(points, name, network)
     print(content["setting"])
@@ -81,10 +95,16 @@ def main() -> None:
 
 def print_settings(points: Points, plain: dict[str, float]) -> None:
     """Each setting of the paper, all dense layers: rates and how many points of error it adds."""
-    print("| method | setting | paper: rate, added | " + " | ".join(f"{NAMES[n]}: rate, in file, added" for n in plain))
+    print(
+        "| method | setting | paper: rate, added | "
+        + " | ".join(f"{NAMES[n]}: rate, in file, added" for n in plain)
+        + " |"
+    )
     print("|---|---|---|" + "---|" * len(plain))
     for (family, label), published in PUBLISHED.items():
-        cells = [f"{published[0]:g}x, +{published[1] - PLAIN:.1f}" if published else ""]
+        if isinstance(published, tuple):
+            published = f"{published[0]:g}x, +{published[1] - PLAIN:.1f}"
+        cells = [published or ""]
         for name, error in plain.items():
             found = [p for p in _of(points, name, "all", family) if p["label"] == label]
             cells += [
@@ -94,19 +114,23 @@ def print_settings(points: Points, plain: dict[str, float]) -> None:
     print()
 
 
-def print_best(points: Points, plain: dict[str, float]) -> None:
+def print_best(points: Points, networks: dict[str, Any]) -> None:
     """The lowest error that each method reaches at a rate or beyond."""
-    for name, error in plain.items():
-        print(f"{NAMES[name]}, {error:.2f} % uncompressed: lowest error at the rate or beyond\n")
-        print(f"| | {' | '.join(f'{bound}x' for bound in BOUNDS)} |\n|---|{'---|' * len(BOUNDS)}")
-        for family in FAMILIES:
-            cells = []
-            for bound in BOUNDS:
-                enough = [p for p in _of(points, name, "all", family) if p["paper_rate"] >= bound - 0.05]
-                best = min(enough, key=lambda p: p["error"], default=None)
-                cells.append(f"{best['error']:.2f} ({best['label']}, {best['paper_rate']:.1f}x)" if best else "")
-            print(f"| {family} | {' | '.join(cells)} |")
-        print()
+    for name, network in networks.items():
+        hidden = list(network["dense"])[:-1]
+        for layers, text in (("all", "all"), ("hidden" if len(hidden) > 1 else hidden[0], "all but the classifier")):
+            print(f"{NAMES[name]}, {network['error']:.2f} % uncompressed; {text}: lowest error at the rate or beyond\n")
+            print(f"| | {' | '.join(f'{bound}x' for bound in BOUNDS)} |\n|---|{'---|' * len(BOUNDS)}")
+            for family in FAMILIES:
+                cells = [_best(_of(points, name, layers, family), bound) for bound in BOUNDS]
+                print(f"| {family} | {' | '.join(cells)} |")
+            print()
+
+
+def _best(points: Points, bound: float) -> str:
+    enough = [p for p in points if p["paper_rate"] >= bound - 0.05]
+    best = min(enough, key=lambda p: p["error"], default=None)
+    return f"{best['error']:.2f} ({best['label']}, {best['paper_rate']:.1f}x)" if best else ""
 
 
 def print_layers(points: Points, name: str, network: dict[str, Any]) -> None:
@@ -114,7 +138,7 @@ def print_layers(points: Points, name: str, network: dict[str, Any]) -> None:
     weights = {layer: rows * cols for layer, (rows, cols) in network["dense"].items()}
     heads = " | ".join(f"{layer} ({count:,}): rate, added, per 1,000 weights" for layer, count in weights.items())
     print(f"| {NAMES[name]} | {heads} |\n|---|{'---|' * len(weights)}")
-    for family, label in PUBLISHED:
+    for family, label in ALONE:
         cells = []
         for layer, count in weights.items():
             found = [p for p in _of(points, name, layer, family) if p["label"] == label]
@@ -128,7 +152,7 @@ def print_layers(points: Points, name: str, network: dict[str, Any]) -> None:
 
 def draw_network(points: Points, name: str, plain: float) -> None:
     """Error against rate, as the paper counts and from the bytes of the file."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     titles = ("rate as the paper counts (32-bit codebooks)", "rate from the bytes in the file (16-bit codebooks)")
     for axis, key, title in zip(axes, ("paper_rate", "file_rate"), titles, strict=True):
         for family, (text, colour, marker, joined) in FAMILIES.items():
@@ -139,9 +163,9 @@ def draw_network(points: Points, name: str, plain: float) -> None:
             axis.plot([p[key] for p in line], [p["error"] for p in line], label=text if line else None, **style)
             faint = {"alpha": 0.35, "markersize": 4} if line else {"label": text, "markersize": 9}
             axis.plot([p[key] for p in others], [p["error"] for p in others], linestyle="none", **style, **faint)
-        _finish(axis, plain, title)
+        _finish(axis, plain, title, (1.8, 110))
     axes[0].set_ylabel("top-1 error, %")
-    axes[0].legend(fontsize=8, loc="upper left")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
     figure.suptitle(f"{NAMES[name]}: all dense layers compressed, no training afterwards (faint: other k)")
     figure.savefig(PLOTS / f"gong_{name}.png", dpi=110)
 
@@ -149,28 +173,33 @@ def draw_network(points: Points, name: str, plain: float) -> None:
 def draw_layers(points: Points, networks: dict[str, Any]) -> None:
     """One layer at a time against all."""
     shown = ("KM", "PQ outputs", "RQ", "SVD")
-    figure, axes = plt.subplots(len(networks), len(shown), figsize=(13, 6.4), sharey="row", layout="constrained")
+    figure, axes = plt.subplots(len(networks), len(shown), figsize=(13, 6.8), sharey="row", layout="constrained")
     for row, (name, network) in zip(axes, networks.items(), strict=True):
+        first, *middle, last = network["dense"]
+        looks = {first: ("first", "#0072b2", "o")} | {layer: ("middle", "#009e73", "s") for layer in middle}
+        looks |= {last: ("classifier", "#d55e00", "D"), "all": ("all", "black", "^")}
         for axis, family in zip(row, shown, strict=True):
             text, _, _, joined = FAMILIES[family]
-            for layer, marker in zip((*network["dense"], "all"), "osD^"[-len(network["dense"]) - 1 :], strict=True):
+            for layer, (place, colour, marker) in looks.items():
                 of = [p for p in _of(points, name, layer, family) if joined is None or joined in p["label"]]
                 of = sorted(of, key=lambda p: p["paper_rate"])
-                style = {"color": "black", "linestyle": "--"} if layer == "all" else {}
-                label = layer.removesuffix(".weight") + (" only" if layer != "all" else "")
-                axis.plot([p["paper_rate"] for p in of], [p["error"] for p in of], marker=marker, label=label, **style)
-            _finish(axis, network["error"], f"{NAMES[name]}: {text}")
+                label = place if layer == "all" else f"{layer.removesuffix('.weight')} only ({place})"
+                style = {"color": colour, "marker": marker, "linestyle": "--" if layer == "all" else "-"}
+                axis.plot([p["paper_rate"] for p in of], [p["error"] for p in of], label=label, **style)
+            _finish(axis, network["error"], f"{NAMES[name]}: {text}", (1.8, 45))
         row[0].set_ylabel("top-1 error, %")
         row[0].legend(fontsize=8, loc="upper left")
+    figure.suptitle("One dense layer compressed at a time; rate of what is compressed, as the paper counts")
     figure.savefig(PLOTS / "gong_layers.png", dpi=100)
 
 
-def _finish(axis: Axes, plain: float, title: str) -> None:
+def _finish(axis: Axes, plain: float, title: str, across: tuple[float, float]) -> None:
     axis.axhline(plain, color="grey", linewidth=0.8, linestyle=":")
     axis.set_xscale("log", base=2)
+    axis.set_xlim(*across)
     axis.set_yscale("log")
-    axis.xaxis.set_major_formatter(ScalarFormatter())
-    axis.yaxis.set_major_formatter(ScalarFormatter())
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_xlabel("times smaller")
     axis.set_title(title, fontsize=9)
     axis.grid(alpha=0.3)

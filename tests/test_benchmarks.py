@@ -107,7 +107,7 @@ def test_a_setting_is_measured(
     bench = gong.Bench(lenet.LENET_300_100, tmp_path, tmp_path, count=200)
     assert bench.dense == {"fc1.weight": (300, 784), "fc2.weight": (100, 300), "fc3.weight": (10, 100)}
     whole, *alone = bench.measure(gong.Setting(**options), seeds=(0,))
-    assert [point.layers for point in (whole, *alone)] == ["all", *bench.dense]
+    assert [point.layers for point in (whole, *alone)] == ["all", "hidden", *bench.dense]
     for point in (whole, *alone):
         assert (point.network, point.left_alone, len(point.errors)) == ("lenet300", (), 1)
         assert 1 < point.paper_rate < 100
@@ -123,22 +123,22 @@ def test_a_layer_alone_is_as_if_the_others_were_not_asked_for(
     torch.manual_seed(0)
     lenet.export(lenet.Net(lenet.LENET_300_100), tmp_path / "lenet300.onnx")
     bench = gong.Bench(lenet.LENET_300_100, tmp_path, tmp_path, count=500)
-    vqonnx.compress(bench.path, vqonnx.KMeans(bits=1)).save(tmp_path / "small.onnx")
-    ((name, path),) = bench._alone(tmp_path / "small.onnx", ["fc2.weight"])
-    vqonnx.compress(bench.path, vqonnx.KMeans(bits=1), include=[name]).save(tmp_path / "one.onnx")
-    feed = bench._test[0]
-    alone, one = (
-        onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, feed)[0]
-        for file in (path, tmp_path / "one.onnx")
-    )
-    np.testing.assert_allclose(alone, one, rtol=1e-5, atol=1e-6)
+    setting = gong.Setting("PQ outputs", words=4, width=10)
+    alone = next(point for point in bench.measure(setting, seeds=(3,)) if point.layers == "fc2.weight")
+    method = setting.method(bench.dense["fc2.weight"])
+    vqonnx.compress(bench.path, method, include=["fc2.weight"], seed=3).save(tmp_path / "one.onnx")
+    found = vqonnx.compare(bench.path, tmp_path / "one.onnx", bench._test, labels=bench._labels)
+    assert found.top1_before == pytest.approx(1 - bench.error / 100)
+    assert found.top1_after == pytest.approx(1 - alone.error / 100, abs=0.003), "but for ties"
+    assert found.top1_agreement < 0.99
 
 
 def test_what_would_grow_is_left_alone(lenet: ModuleType, gong: ModuleType, tmp_path: Path, data_dir: Path) -> None:
     lenet.export(lenet.Net(lenet.LENET_300_100), tmp_path / "lenet300.onnx")
     bench = gong.Bench(lenet.LENET_300_100, tmp_path, tmp_path, count=10)
     setting = gong.Setting("RQ", 16)
-    whole, *alone = bench.measure(setting, seeds=(0,))
+    whole, hidden, *alone = bench.measure(setting, seeds=(0,))
+    assert (hidden.layers, hidden.left_alone, hidden.error) == ("hidden", (), whole.error)
     assert [point.layers for point in alone] == ["fc1.weight", "fc2.weight"], "16 words for the 10 rows of fc3"
     assert whole.left_alone == ("fc3.weight",)
     made_smaller = 4 * (300 * 784 / alone[0].paper_rate + 100 * 300 / alone[1].paper_rate)
