@@ -178,7 +178,7 @@ def _plot() -> None:
     gain = RESULTS / "gain_resnet56.json"
     if gain.exists():
         values = json.loads(gain.read_text())["gain_db"]
-        axes[1].bar(range(len(values)), list(values.values()))
+        axes[1].bar(range(len(values)), [gain or 0.0 for gain in values.values()])
         axes[1].set(xlabel="layer", ylabel="coding gain in dB", title="Coding gain of the ELT, ResNet-56")
     figure.tight_layout()
     figure.savefig(PLOTS / "transform_resnet56.png", dpi=110)
