@@ -90,7 +90,7 @@ def pair_of(site: Site, view: View, form: Form) -> Pair | None:
 
 
 def obstacle(site: Site, view: View, form: Form) -> str | None:
-    """Why a form that asks to be applied to activations cannot be; None if it can, or does not ask."""
+    """Why a form that asks (or would) to be applied to activations cannot be; None if it can, or does not ask."""
     if not isinstance(form, Product) or form.apply == "weights":
         return "it is only a part of the weight" if _asks(form) else None
     if len(site.scope.uses[site.name]) != len(site.uses):

@@ -119,7 +119,7 @@ def _place(placement: Placement, edits: _Edits, target: Target, opset: int) -> t
     pair = pair_of(site, view, form)
     if pair is None:
         reason = obstacle(site, view, form)
-        if reason is not None:
+        if reason is not None and not (isinstance(form, Product) and form.apply == "cheaper"):
             _log.warning("%s: the product is multiplied out into the weight, as %s", site.name, reason)
         names: tuple[str, ...] = ()
         edit.made.add(site.name)
