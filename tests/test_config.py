@@ -94,7 +94,7 @@ def test_nothing_is_needed(write: Any) -> None:
         ("[[layer]]\nmatch = 'fc'\nmethod = 'pq'\noptions = 3", "options = 3 should be a dict"),
         ("[[layer]]\nmatch = 'fc'\nmethod = 'qp'", "method 'qp' is unknown; choose one of kmeans, pq, bgd"),
         ("[[layer]]\nmatch = 'fc'\nmethod = 'pq'\noptions = { with = 2 }", "'pq' has no option 'with'; it has .*width"),
-        ("[[layer]]\nmatch = 'fc'\nmethod = 'pq'\noptions = { bits = 9 }", "bits is 9; choose 1 to 8"),
+        ("[[layer]]\nmatch = 'fc'\nmethod = 'pq'\noptions = { bits = 13 }", "bits is 13; choose 1 to 12"),
         ("[[layer]]\nmatch = 'fc'\nmethod = 'pq'\noptions = { bits = 2.5 }", "bits=2.5 is not a whole number"),
         ("[[layer]]\nmatch = 'fc'\nmethod = 'pq'\noptions = { bits = [2] }", "is not a whole number"),
         ("method = ", "is not TOML"),
