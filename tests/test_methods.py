@@ -21,6 +21,7 @@ from vqonnx.methods.bgd import BGD
 from vqonnx.methods.binary import Binary
 from vqonnx.methods.codebook import clamp_words, store
 from vqonnx.methods.dqc import DQC, power_book, power_codes
+from vqonnx.methods.entropy import Entropy
 from vqonnx.methods.kmeans import KMeans
 from vqonnx.methods.pq import PQ
 from vqonnx.methods.residual import Residual
@@ -42,6 +43,8 @@ def having(option: str) -> pytest.MarkDecorator:
 
 def bits_of(kind: type[Method]) -> list[int]:
     hint = get_type_hints(kind)["bits"]
+    if kind is Entropy:  # beyond 7 bits there are no more levels, at 1 hardly any
+        return list(range(2, 8))
     return list(get_args(hint)) if get_origin(hint) is Literal else list(range(1, 9))
 
 
@@ -130,6 +133,7 @@ LEFT_ALONE = {
     "bgd": {"gaussian-512x1-5", "gaussian-1x1-6", "gaussian-33x45-10"},
     "residual": {"gaussian-512x1-5", "gaussian-1x1-6"},
     "transform": {"gaussian-1x1-6", "gaussian-1x512-4"},  # 4 bits a weight are less than a step for each row
+    "entropy": {"gaussian-1x1-6", "gaussian-1x512-4", "gaussian-512x1-5"},  # 2 bits a weight are too few for these
     "svd": {"gaussian-512x1-5", "gaussian-1x1-6", "gaussian-1x512-4"},
 }
 
@@ -252,7 +256,7 @@ def test_any_shape_bits_and_width(
     form = encode(method, layer)
     if isinstance(form, str):
         assert form, where
-        if kind is Transform:
+        if kind in (Transform, Entropy):
             assert "set bits=" in form, where
             return
         if kind is SVD:
@@ -337,7 +341,7 @@ def bad_values() -> list[Any]:
             elif hint is bool:
                 bad = ["2", "maybe", ""]
             else:
-                bad = ["x", "", "0", "-1", "99999", *([] if hint is float else ["4.5"])]
+                bad = ["x", "", "0", "-1", "99999", *([] if hint in (float, float | None) else ["4.5"])]
             cases += [pytest.param(kind, field.name, value, id=f"{kind.id}-{field.name}-{value}") for value in bad]
     return cases
 
@@ -570,7 +574,7 @@ def test_a_width_beyond_the_row_is_left_alone_with_both_numbers(kind: type[Metho
 
 
 def test_only_these_ask_for_data() -> None:
-    assert [kind.id for kind in METHODS if kind.needs is Needs.MOMENTS] == ["bgd", "transform", "best"]
+    assert [kind.id for kind in METHODS if kind.needs is Needs.MOMENTS] == ["bgd", "transform", "entropy", "best"]
 
 
 # ---------------------------------------------------------------- codes of more than a byte

@@ -34,6 +34,7 @@ from vqonnx.place import OVERHEAD, Placement, Target, place
 from vqonnx.record import KEY, LayerRecord, write_record
 from vqonnx.result import Result
 from vqonnx.runtime import open_session, read_inputs
+from vqonnx.share import parts_of, share_trees
 from vqonnx.view import View
 
 # Batches of the calibration data on which the written model is run; enough to see that it works.
@@ -243,7 +244,7 @@ def _encode_all(
             if tune is not None:
                 form = tune(site, view, form)
             decoded = form.decode()
-            if walk is not None and not isinstance(method, Budgeted):  # what that was measured on is what it gets
+            if walk is not None and (method.pairs or not isinstance(method, Budgeted)):  # others get what was measured
                 walk.replace(site, view.tensor(decoded))
             if isinstance(walk, DualWalk) and method.pairs and site.name in biases and moments and cross:
                 seen = site.view(method.order)  # rows are outputs, whatever the method's own view
@@ -254,7 +255,20 @@ def _encode_all(
     store_biases(proto, biases.values())
     if progress:
         progress(len(plan), len(plan), "")
-    return placements, layers
+    return _with_shared_trees(placements, layers)
+
+
+def _with_shared_trees(
+    placements: list[Placement], layers: list[LayerRecord]
+) -> tuple[list[Placement], list[LayerRecord]]:
+    """The same with one set of trees for all prefix codes, and the bytes that layers take with it."""
+    if not any(part.coding for placement in placements for part in parts_of(placement.form)):
+        return placements, layers
+    shared = share_trees([placement.form for placement in placements])
+    placements = [replace(placement, form=form) for placement, form in zip(placements, shared, strict=True)]
+    stored: set[_Array] = set()
+    sizes = [_count(placement.form, placement.site, stored) for placement in placements]
+    return placements, [replace(layer, bytes=size) for layer, size in zip(layers, sizes, strict=True)]
 
 
 def _encode(layer: Layer, method: Method, site: Site, stored: set[_Array]) -> tuple[Form, int]:
@@ -262,12 +276,20 @@ def _encode(layer: Layer, method: Method, site: Site, stored: set[_Array]) -> tu
     if not np.isfinite(layer.weight).all():
         raise LeftAlone("weights hold NaN or Inf")
     form = method.encode(layer)
-    arrays = {(id(site.scope), a.dtype.str, a.shape, a.tobytes()): a.nbytes for a in stored_arrays(form)}
-    size = sum(count for array, count in arrays.items() if array not in stored)
+    more = set(stored)
+    size = _count(form, site, more)
     if size + OVERHEAD >= site.nbytes:
         raise LeftAlone(f"too small: {site.nbytes} bytes as it is, {size + OVERHEAD} with codes, codebook and node")
-    stored.update(arrays)
+    stored |= more
     return form, size
+
+
+def _count(form: Form, site: Site, stored: set[_Array]) -> int:
+    """The bytes that a form adds to the arrays in ``stored``, which gets its own."""
+    arrays = {(id(site.scope), a.dtype.str, a.shape, a.tobytes()): a.nbytes for a in stored_arrays(form)}
+    size = sum(count for array, count in arrays.items() if array not in stored)
+    stored.update(arrays)
+    return size
 
 
 def _record(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,9 @@ def expand(compressed: str | Path, plain: str | Path) -> int:
     if not weights:
         raise ModelError(f"{compressed}: holds no weight that vqonnx compressed; there is nothing to expand")
     opset = main_opset(model)
-    decoded = [_decode(weight, opset) for weight in weights]
+    # The library's kernel is not used here; a file may carry no body of its op, but those of others it always does.
+    others = [f for f in model.functions if f.domain == DOMAIN and f.name != "Decode"]
+    decoded = [_decode(weight, opset, [decode_function(opset), *others]) for weight in weights]
     touched = {id(s): s for w in weights for s in (w.scope, *(pair.scope for pair in w.pairs))}
     instead = _replacements(weights)
     # Inner scopes first: rewriting a scope copies its nodes, and with them the subgraphs that they hold.
@@ -48,14 +50,14 @@ def expand(compressed: str | Path, plain: str | Path) -> int:
     return len(weights)
 
 
-def _decode(weight: StoredWeight, opset: int) -> TensorProto:
+def _decode(weight: StoredWeight, opset: int, bodies: Sequence[FunctionProto]) -> TensorProto:
     """Run the nodes that make the weight, without the library."""
     kind = elem_type(weight)
     # The last Cast is done here, as numpy has no bfloat16.
     makers = [part if kind == TensorProto.FLOAT else part[:-1] for part in weight.makers]
     nodes = [node for part in makers for node in part]
     outputs = [part[-1].output[0] for part in makers]
-    functions = [decode_function(opset)] if any(node.domain == DOMAIN for node in nodes) else []
+    functions = bodies if any(node.domain == DOMAIN for node in nodes) else []
     graph = helper.make_graph(
         nodes, "weight", [], [ValueInfoProto(name=name) for name in outputs], initializer=list(_constants(weight))
     )

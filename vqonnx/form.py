@@ -9,12 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vqonnx.errors import FormError
+from vqonnx.prefix import Prefix
 
 MAX_BITS = 16
 
@@ -134,12 +136,15 @@ class Coded(Form):
         codebooks: float16 or float32 ``[stages, books, words, width]``, at most 65,536 words; no -0.0 (made 0.0).
         cols: Columns of the matrix; ``groups == ceil(cols / width)``.
         scales: float16 or float32 ``[rows, 1]`` or ``[1, 1]``; None means 1.
+        coding: How the codes are stored: None with a fixed number of bits, or prefix codes (one stage, one book, at
+            most 256 words).
     """
 
     codes: Codes
     codebooks: NDArray[Any]
     cols: int
     scales: NDArray[Any] | None = None
+    coding: Prefix | None = None
 
     def __post_init__(self) -> None:
         if self.codes.dtype not in (np.uint8, np.uint16) or self.codes.ndim != 3 or not self.codes.size:
@@ -167,6 +172,13 @@ class Coded(Form):
             _check_floats("scales", self.scales, 2)
             if self.scales.shape not in ((rows, 1), (1, 1)):
                 raise FormError(f"scales are {list(self.scales.shape)}; they must be [{rows}, 1] or [1, 1]")
+        if self.coding is not None and (stages > 1 or self.books > 1 or self.words > 256):
+            raise FormError(
+                f"{stages} stages, {self.books} books and {self.words} words cannot have prefix codes; it takes one "
+                "stage and one book of at most 256 words"
+            )
+        if self.coding is not None and self.coding.shape != (rows, groups):
+            raise FormError(f"codes are {[rows, groups]}, but their prefix codes are for {list(self.coding.shape)}")
 
     @classmethod
     def one_stage(
@@ -214,16 +226,14 @@ class Coded(Form):
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[1], self.cols
 
-    @property
+    @cached_property
     def packed(self) -> NDArray[np.uint8]:
-        """The stored codes: uint8 ``[stages, rows, row_bytes]``."""
-        return pack(self.codes, self.bits)
+        """The stored codes: uint8 ``[stages, rows, row_bytes]``, or ``[bytes]`` of prefix codes."""
+        return pack(self.codes, self.bits) if self.coding is None else self.coding.write(self.codes[0])
 
     @property
     def nbytes(self) -> int:
-        stages, rows, groups = self.codes.shape
-        scales = 0 if self.scales is None else self.scales.nbytes
-        return int(stages * rows * row_bytes(groups, self.bits) + self.codebooks.nbytes + scales)
+        return sum(array.nbytes for array in stored_arrays(self))
 
     def decode(self) -> Matrix:
         codebooks = self.codebooks.astype(np.float32)
@@ -310,6 +320,9 @@ def stored_arrays(form: Form) -> Iterator[NDArray[Any]]:
         yield form.values
     elif isinstance(form, Coded):
         yield from (form.packed, form.codebooks)
+        if form.coding is not None:
+            trees = form.coding.trees
+            yield from (form.coding.row_classes, form.coding.col_classes, trees.roots, trees.children)
         if form.scales is not None and not (form.scales.size == 1 and form.scales.item() == 1):
             yield form.scales
     elif isinstance(form, Product):

@@ -49,7 +49,7 @@ class Features:
     def of(cls, form: Coded) -> Features:
         """What decoding this form takes."""
         return cls(
-            packed=form.bits != 8,
+            packed=form.bits != 8 and form.coding is None,
             wide=form.bits > 8,
             several=form.stages * form.books > 1,
             tail=form.cols % form.width != 0,
@@ -63,11 +63,23 @@ class Features:
 ALL_FEATURES = Features(packed=True, wide=True, several=True, tail=True, scaled=True, guarded=True)
 
 
-def write_decode(writer: Writer, form: Coded, split: tuple[int, ...], perm: tuple[int, ...], output: str) -> str:
-    """Add a ``vqonnx.Decode`` node that yields the form as a float32 tensor named ``output``."""
+def write_decode(
+    writer: Writer,
+    form: Coded,
+    split: tuple[int, ...],
+    perm: tuple[int, ...],
+    output: str,
+    *,
+    codes: str | None = None,
+) -> str:
+    """Add a ``vqonnx.Decode`` node that yields the form as a float32 tensor named ``output``.
+
+    ``codes`` is a value that holds the codes as bytes, where they are not stored as `Coded.packed` has them.
+    """
     scales = np.ones((1, 1), np.float32) if form.scales is None else form.scales
-    layout = np.array([form.bits, form.cols, *split], np.int64)
-    inputs = [writer.constant(array) for array in (form.packed, form.codebooks, scales, layout)]
+    layout = np.array([form.bits if codes is None else 8, form.cols, *split], np.int64)
+    codes = codes or writer.constant(form.packed)
+    inputs = [codes, *(writer.constant(array) for array in (form.codebooks, scales, layout))]
     return writer.node("Decode", inputs, output, domain=DOMAIN, perm=perm)
 
 
@@ -154,7 +166,7 @@ def _steps(opset: int, features: Features) -> list[str]:
     ]
     if features.packed or features.several:
         lines += ["reach = Add (cols, width)", "last = Sub (reach, one)", "groups = Div (last, width)"]
-        lines += _range("group", "groups", opset)
+        lines += range_lines("group", "groups", opset)
     if features.packed:
         lines += [
             *_int64("powers", [2**i for i in range(17 if features.wide else 9)], opset),
@@ -205,7 +217,7 @@ def _steps(opset: int, features: Features) -> list[str]:
             "rounds = Mul (round, books)",
             "book = Sub (group, rounds)",
             "stages = Gather (sizes, zero)",
-            *_range("stage", "stages", opset),
+            *range_lines("stage", "stages", opset),
             *_int64("column", [-1, 1, 1], opset),
             "stage3 = Reshape (stage, column)",
             "shelf = Mul (stage3, books)",
@@ -247,7 +259,7 @@ def _steps(opset: int, features: Features) -> list[str]:
     elif opset >= 10:
         lines.append("matrix = Slice (scaled, zero, cols, one)")
     else:
-        lines += [*_range("column_index", "cols", opset), "matrix = Gather <axis = 1> (scaled, column_index)"]
+        lines += [*range_lines("column_index", "cols", opset), "matrix = Gather <axis = 1> (scaled, column_index)"]
     lines.append("tensor = Reshape (matrix, split)")
     if features.guarded:  # hide the Transpose: it would be taken for that of a matrix, whatever its perm
         lines += [
@@ -281,7 +293,7 @@ def _slice(name: str, source: str, start: int, end: int, opset: int) -> list[str
     ]
 
 
-def _range(name: str, count: str, opset: int) -> list[str]:
+def range_lines(name: str, count: str, opset: int) -> list[str]:
     """``name = 0, 1, .. count - 1`` as int64, ``count`` having shape [1]."""
     if opset >= 11:
         return [

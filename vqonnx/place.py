@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,8 +13,10 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, 
 from vqonnx import ops
 from vqonnx.form import Blocks, Coded, Dense, Form, Product
 from vqonnx.graph import Scope, Site, scopes
+from vqonnx.inflate import inflate_functions, write_inflate
 from vqonnx.modelfile import remove_entries, set_nodes
 from vqonnx.pair import obstacle, pair_of, split
+from vqonnx.share import parts_of
 from vqonnx.view import View
 from vqonnx.writer import Writer
 
@@ -85,7 +87,9 @@ def place(model: ModelProto, placements: Sequence[Placement], target: Target) ->
     # Inner scopes first: rewriting a scope copies its nodes, and with them the subgraphs that they hold.
     for edit in sorted(edits.values(), key=lambda edit: -len(edit.scope.lineage)):
         _rewrite(edit)
-    coded = [placement for placement in placements if any(_coded(placement.form))]  # the others are standard operators
+    coded = [
+        placement for placement in placements if any(parts_of(placement.form))
+    ]  # the others are standard operators
     if target != "portable" and coded:
         _import_domain(model.opset_import)
         for placement in coded:
@@ -94,10 +98,14 @@ def place(model: ModelProto, placements: Sequence[Placement], target: Target) ->
                 _import_domain(outermost.opset_import)
     if target == "hybrid" and coded:
         features = ops.Features(guarded=any(_feeds_matmul(placement) for placement in coded))
-        for part in (part for placement in coded for part in _coded(placement.form)):
+        for part in (part for placement in coded for part in parts_of(placement.form)):
             features |= ops.Features.of(part)
         model.functions.append(ops.decode_function(opset, features))
-    _raise_ir_version(model, ops.FUNCTION_IR_VERSION if target == "hybrid" and coded else 4)
+    if target != "portable":
+        parts = [part for placement in coded for part in parts_of(placement.form)]
+        model.functions.extend(inflate_functions((part.coding for part in parts if part.coding is not None), opset))
+    ours = any(function.domain == ops.DOMAIN for function in model.functions)
+    _raise_ir_version(model, ops.FUNCTION_IR_VERSION if ours else 4)
     return factors
 
 
@@ -204,26 +212,16 @@ def _write_matrix(writer: Writer, form: Form, target: Target, opset: int) -> str
 def _write_coded(
     writer: Writer, form: Coded, split: tuple[int, ...], perm: tuple[int, ...], output: str, target: Target, opset: int
 ) -> str:
-    if target == "portable":
-        return ops.write_standard(writer, form, split, perm, output, opset)
-    return ops.write_decode(writer, form, split, perm, output)
+    if target == "portable":  # standard operators read codes of one length
+        return ops.write_standard(writer, replace(form, coding=None), split, perm, output, opset)
+    codes = None if form.coding is None else write_inflate(writer, form)
+    return ops.write_decode(writer, form, split, perm, output, codes=codes)
 
 
 def _feeds_matmul(placement: Placement) -> bool:
     """Whether a Decode node may stand in front of a Gemm or MatMul: the layer itself, or a product of factors."""
     layers = {use.node.op_type for use in placement.site.uses}
     return bool(layers & {"Gemm", "MatMul"}) or not isinstance(placement.form, Coded)
-
-
-def _coded(form: Form) -> Iterator[Coded]:
-    if isinstance(form, Coded):
-        yield form
-    elif isinstance(form, Product):
-        yield from _coded(form.left)
-        yield from _coded(form.right)
-    elif isinstance(form, Blocks):
-        for part in form.parts:
-            yield from _coded(part)
 
 
 def node_reads(node: NodeProto) -> set[str]:

@@ -11,6 +11,7 @@ from vqonnx.methods.best import Best
 from vqonnx.methods.bgd import BGD
 from vqonnx.methods.binary import Binary
 from vqonnx.methods.dqc import DQC
+from vqonnx.methods.entropy import Entropy
 from vqonnx.methods.kmeans import KMeans
 from vqonnx.methods.pq import PQ
 from vqonnx.methods.residual import Residual
@@ -25,13 +26,14 @@ __all__ = [
     "SVD",
     "Best",
     "Binary",
+    "Entropy",
     "KMeans",
     "Residual",
     "Transform",
     "method_by_name",
 ]
 
-METHODS: tuple[type[Method], ...] = (KMeans, PQ, BGD, Residual, Binary, SVD, DQC, Transform, Best)
+METHODS: tuple[type[Method], ...] = (KMeans, PQ, BGD, Residual, Binary, SVD, DQC, Transform, Entropy, Best)
 
 
 def method_by_name(name: str, options: Mapping[str, Any] | None = None) -> Method:

@@ -1,0 +1,127 @@
+"""Entropy-coded scalar quantisation: whole multiples of a step, with short codes for those that are frequent.
+
+The step is one for a layer; where weights are small against it, or their inputs weak, most multiples are zero and take
+hardly any bits, so that no table of bit depths is needed. QUALITY 3.2 found this the best of all families without
+labels; how the multiples are chosen is in `vqonnx.ecsq`, how they are stored in `vqonnx.prefix`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import ClassVar
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from vqonnx.ecsq import Quantised, quantise
+from vqonnx.errors import OptionError
+from vqonnx.form import Coded
+from vqonnx.lagrange import lower_hull
+from vqonnx.method import Budgeted, Layer, LeftAlone, Needs, Way, check_range
+from vqonnx.prefix import Prefix, common_trees
+from vqonnx.refine import Target, refit, target_of
+
+_EXPONENTS = np.arange(-5, 2.01, 0.5)  # of 2, for steps in units of the root mean square of the weights
+_SEARCH = 8
+_MOST_BITS = 32  # a small layer takes more than the 7 that its levels can, with what it has besides
+_FIXED = 60  # bytes that a layer takes besides: its codebook, and its part of the trees
+
+
+@dataclass(frozen=True)
+class Entropy(Budgeted):
+    """Multiples of a step in prefix codes.
+
+    Attributes:
+        bits: Stored bits for each weight: an average over the layers of a model.
+        step: The step of a layer in units of the root mean square of its weights; None finds the one that ``bits``
+            allow.
+        sweeps: Of coordinate descent.
+        asymmetric: Aim at the output of the original layer on the original input.
+    """
+
+    id: ClassVar[str] = "entropy"
+    needs: ClassVar[Needs] = Needs.MOMENTS
+    bits: float = 2.0
+    step: float | None = None
+    sweeps: int = 2
+    asymmetric: bool = True
+
+    @property
+    def pairs(self) -> bool:
+        return True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.bits <= _MOST_BITS:
+            raise OptionError(f"method '{self.id}': bits is {self.bits:g}; choose more than 0, and up to {_MOST_BITS}")
+        if self.step is not None and not 0 < self.step < 100:
+            raise OptionError(f"method '{self.id}': step is {self.step:g}; choose a number above 0, such as 0.5")
+        check_range(self, "sweeps", 1, 100)
+
+    def ways(self, layer: Layer) -> list[Way]:
+        with threadpool_limits(limits=1):
+            target = target_of(layer, 1, asymmetric=False)
+            rates, errors = [], []
+            for exponent in _EXPONENTS:
+                form = self._form(layer, target, float(2**exponent), sweeps=0)
+                missed = target.weight[:, : layer.weight.shape[1]] - form.decode()
+                rates.append(float(_bytes(form)))
+                errors.append(sum(float(np.einsum("ij,ij->", missed[r] @ m, missed[r])) for r, m in target.parts()))
+        return [Way(self, lower_hull(rates, errors))]
+
+    def encode(self, layer: Layer) -> Coded:
+        with threadpool_limits(limits=1):
+            target = target_of(layer, 1, asymmetric=self.asymmetric)
+            if self.step is not None:
+                return self._form(layer, target, self.step, self.sweeps)
+            return self._within(layer, target, self.bits * layer.weight.size / 8)
+
+    def _within(self, layer: Layer, target: Target, budget: float) -> Coded:
+        """The form of the smallest step that keeps within the budget of bytes."""
+        low, high = float(_EXPONENTS[0]), float(_EXPONENTS[-1]) + 4
+        best = None
+        for _ in range(_SEARCH):
+            middle = (low + high) / 2
+            form = self._form(layer, target, 2**middle, self.sweeps)
+            if _bytes(form) <= budget:
+                best, high = form, middle
+            else:
+                low = middle
+        if best is None or (not best.codebooks.any() and layer.weight.any()):
+            least = _bytes(self._form(layer, target, 1.0, 0))  # a step as large as the weights
+            bits = ceil(800 * least / layer.weight.size) / 100
+            raise LeftAlone(f"{self.bits:g} bits a weight are {budget:.0f} bytes, too few; set bits={bits:g}")
+        return best
+
+    def _form(self, layer: Layer, target: Target, step: float, sweeps: int) -> Coded:
+        size = step * float(np.sqrt(np.mean(layer.weight.astype(np.float64) ** 2)) or 1.0)
+        taps = prod(layer.kernel) if self.order == "ihw" else 1
+        return _store(target, quantise(target, size, taps, sweeps=sweeps), size)
+
+
+def _store(target: Target, made: Quantised, step: float) -> Coded:
+    """The form, with values of least squares for the levels that occur."""
+    least, most = int(made.levels.min()), int(made.levels.max())
+    codes = made.levels - least
+    words = step * np.arange(least, most + 1, dtype=np.float64)[:, None]
+    words = refit(target, codes, words) if len(words) > 1 else words
+    stored = np.where(np.arange(least, most + 1)[:, None] == 0, 0.0, words)
+    return Coded(
+        codes.astype(np.uint8)[None],
+        stored.astype(np.float16)[None, None],
+        codes.shape[1],
+        coding=Prefix(
+            (codes.shape[0], codes.shape[1]),
+            made.row_classes,
+            made.col_classes,
+            made.row_span,
+            made.col_span,
+            common_trees([(codes, made.classes)]),
+        ),
+    )
+
+
+def _bytes(form: Coded) -> int:
+    """Without the trees, which layers share."""
+    assert form.coding is not None
+    return form.nbytes - form.coding.trees.nbytes + _FIXED
