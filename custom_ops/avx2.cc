@@ -1,4 +1,4 @@
-// The kernels for AVX2. Everything is in unnamed namespaces except the table, see STYLE.md, section 5.
+// The kernels for AVX2 with FMA. Everything is in unnamed namespaces except the table, see STYLE.md, section 5.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -22,6 +22,18 @@ struct Wide {
   static __m256 Add(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
   static __m256 Mul(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
   static __m256 Set(float a) { return _mm256_set1_ps(a); }
+  static __m256 MulAdd(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+  static __m256 Max(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+  static __m256 Min(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+  static __m256i First(std::size_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static __m256 LoadPart(const float* p, std::size_t n) { return _mm256_maskload_ps(p, First(n)); }
+  static void StorePart(float* p, std::size_t n, __m256 a) {  // the masked store takes tens of cycles on some AMD cores
+    alignas(32) float lanes[kLanes];
+    _mm256_store_ps(lanes, a);
+    for (std::size_t i = 0; i < n; ++i) p[i] = lanes[i];
+  }
 };
 using Middle = Wide;
 
@@ -44,6 +56,7 @@ inline void UnpackOctet(std::uint64_t window, std::size_t bits, std::uint8_t* ou
 }
 
 constexpr std::size_t kTile = 8;
+constexpr std::size_t kTileVectors = 2, kTileCount = 6;  // 12 of 16 registers hold sums
 
 // Three rounds, each of which brings together values that are one, two and four rows apart.
 inline void TransposeTile(const float* from, std::size_t from_stride, float* to, std::size_t to_stride) {
@@ -80,10 +93,21 @@ struct WordTable {
 }  // namespace vqonnx
 
 #include "kernels-inl.h"
+#include "tile-inl.h"
 
 namespace vqonnx {
 
-const Kernels kAvx2 = {
-    .name = "avx2", .unpack = Unpack, .unpack_wide = UnpackWide, .decode_row = DecodeRow, .transpose = Transpose};
+const Kernels kAvx2 = {.name = "avx2",
+                       .unpack = Unpack,
+                       .unpack_wide = UnpackWide,
+                       .decode_row = DecodeRow,
+                       .transpose = Transpose,
+                       .tile_lanes = kTileLanes,
+                       .tile_count = kTileCount,
+                       .tile_windows = TileWindows,
+                       .tile_positions = TilePositions,
+                       .finish_rows = FinishRows,
+                       .finish_columns = FinishColumns,
+                       .finish_across = FinishAcross};
 
 }  // namespace vqonnx

@@ -32,6 +32,12 @@ struct Wide {
   static __m512 Add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
   static __m512 Mul(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
   static __m512 Set(float a) { return _mm512_set1_ps(a); }
+  static __m512 MulAdd(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+  static __m512 Max(__m512 a, __m512 b) { return _mm512_maskz_max_ps(0xFFFF, a, b); }
+  static __m512 Min(__m512 a, __m512 b) { return _mm512_maskz_min_ps(0xFFFF, a, b); }
+  static __mmask16 First(std::size_t n) { return static_cast<__mmask16>((1U << n) - 1); }
+  static __m512 LoadPart(const float* p, std::size_t n) { return _mm512_maskz_loadu_ps(First(n), p); }
+  static void StorePart(float* p, std::size_t n, __m512 a) { _mm512_mask_storeu_ps(p, First(n), a); }
 };
 
 inline std::uint64_t LoadEight(const std::uint8_t* p) {
@@ -48,6 +54,7 @@ inline void UnpackOctet(std::uint64_t window, std::size_t bits, std::uint8_t* ou
 }
 
 constexpr std::size_t kTile = 8;
+constexpr std::size_t kTileVectors = 2, kTileCount = 14;  // 28 of 32 registers hold sums
 
 // As in avx2.cc: eight by eight suits kernels of nine taps, where sixteen would leave everything to the scalar loop.
 inline void TransposeTile(const float* from, std::size_t from_stride, float* to, std::size_t to_stride) {
@@ -83,10 +90,21 @@ struct WordTable {
 }  // namespace vqonnx
 
 #include "kernels-inl.h"
+#include "tile-inl.h"
 
 namespace vqonnx {
 
-const Kernels kAvx512 = {
-    .name = "avx512", .unpack = Unpack, .unpack_wide = UnpackWide, .decode_row = DecodeRow, .transpose = Transpose};
+const Kernels kAvx512 = {.name = "avx512",
+                         .unpack = Unpack,
+                         .unpack_wide = UnpackWide,
+                         .decode_row = DecodeRow,
+                         .transpose = Transpose,
+                         .tile_lanes = kTileLanes,
+                         .tile_count = kTileCount,
+                         .tile_windows = TileWindows,
+                         .tile_positions = TilePositions,
+                         .finish_rows = FinishRows,
+                         .finish_columns = FinishColumns,
+                         .finish_across = FinishAcross};
 
 }  // namespace vqonnx

@@ -214,10 +214,15 @@ void Decode::Copy(const Axis* axis, const Axis* end, const float* from, float* t
   }
 }
 
-void Decode::Run(const Tensor& codes, const Tensor& scales, size_t task, float* out) const {
+Coded Decode::View(const void* codes) const {
   Coded m = matrix_;
-  m.codes = static_cast<const std::uint8_t*>(codes.data);
+  m.codes = static_cast<const std::uint8_t*>(codes);
   m.codebooks = codebooks_.data();
+  return m;
+}
+
+void Decode::Run(const Tensor& codes, const Tensor& scales, size_t task, float* out) const {
+  const Coded m = View(codes.data);
   const size_t runs = (run_ - 1) / block_rows_ + 1;
   const size_t row_block = task / col_blocks_;
   const size_t in_run = row_block % runs * block_rows_;

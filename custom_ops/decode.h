@@ -26,6 +26,10 @@ class Decode {
 
   const std::vector<std::int64_t>& shape() const { return shape_; }
 
+  // The matrix behind the tensor, for those who compute with it instead.
+  std::size_t cols() const { return cols_; }
+  Coded View(const void* codes) const;
+
   // The output falls into this many parts, which can be written in any order and at the same time.
   std::size_t tasks() const { return row_blocks_ * col_blocks_; }
 

@@ -24,6 +24,11 @@ struct Scalar {
   static float Add(float a, float b) { return a + b; }
   static float Mul(float a, float b) { return a * b; }
   static float Set(float a) { return a; }
+  static float MulAdd(float a, float b, float c) { return a * b + c; }
+  static float Max(float a, float b) { return a > b ? a : b; }
+  static float Min(float a, float b) { return a < b ? a : b; }
+  static float LoadPart(const float* p, std::size_t) { return *p; }
+  static void StorePart(float* p, std::size_t, float a) { *p = a; }
 };
 using Narrow = Scalar;
 using Middle = Scalar;
@@ -43,6 +48,7 @@ void UnpackOctet(std::uint64_t window, std::size_t bits, std::uint8_t* out) {
 }
 
 constexpr std::size_t kTile = 1;
+constexpr std::size_t kTileVectors = 4, kTileCount = 3;
 
 void TransposeTile(const float* from, std::size_t, float* to, std::size_t) { *to = *from; }
 
@@ -57,6 +63,7 @@ struct WordTable {
 }  // namespace vqonnx
 
 #include "kernels-inl.h"
+#include "tile-inl.h"
 
 namespace vqonnx {
 namespace {
@@ -104,8 +111,8 @@ unsigned Bit(int n) { return 1U << n; }
 
 bool HasAvx2() {
   if (CpuId(0).a < 7) return false;
-  const unsigned osxsave = Bit(27), avx = Bit(28), avx2 = Bit(5), xmm_ymm = Bit(1) | Bit(2);
-  return HasAll(CpuId(1).c, osxsave | avx) && HasAll(SavedState(), xmm_ymm) && HasAll(CpuId(7).b, avx2);
+  const unsigned osxsave = Bit(27), avx = Bit(28), fma = Bit(12), avx2 = Bit(5), xmm_ymm = Bit(1) | Bit(2);
+  return HasAll(CpuId(1).c, osxsave | avx | fma) && HasAll(SavedState(), xmm_ymm) && HasAll(CpuId(7).b, avx2);
 }
 
 bool HasAvx512() {
@@ -137,7 +144,14 @@ const Kernels kPortable = {.name = "portable",
                            .unpack = Unpack,
                            .unpack_wide = UnpackWide,
                            .decode_row = CheckedDecodeRow,
-                           .transpose = Transpose};
+                           .transpose = Transpose,
+                           .tile_lanes = kTileLanes,
+                           .tile_count = kTileCount,
+                           .tile_windows = TileWindows,
+                           .tile_positions = TilePositions,
+                           .finish_rows = FinishRows,
+                           .finish_columns = FinishColumns,
+                           .finish_across = FinishAcross};
 
 std::size_t UsableKernels(const Kernels** tables) {
   std::size_t count = 0;

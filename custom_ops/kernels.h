@@ -27,6 +27,33 @@ struct Coded {
   std::size_t books, words, width;
 };
 
+// Part of a product of matrices: `count` times `Kernels::tile_lanes` sums over `depth` columns.
+struct Tile {
+  const float* vectors;    // of each column tile_lanes values, which all sums of a row of the tile take
+  const float* scalars;    // of each column `count` values
+  const std::int32_t* at;  // of each column, where its vectors or scalars are
+  std::size_t depth;
+  std::size_t count;  // 1 to Kernels::tile_count
+  float* sums;        // [count][tile_lanes]
+  bool add;           // to what `sums` holds
+};
+
+// The distance of the rows of scalars in Kernels::tile_positions, in floats; they are at most kTileDepth long.
+constexpr std::size_t kTileDepth = 512;
+constexpr std::size_t kTilePitch = kTileDepth + 16;
+
+// What follows a product: + bias, + addend, then not below `low` and not above `high` (a NaN stays one).
+struct Finish {
+  const float* sums;  // [count][tile_lanes]
+  std::size_t count;
+  std::size_t lanes;    // how many are wanted of each row
+  float* out;           // value [i][j] goes to out[i * stride + j], or to out[j * stride + i]
+  const float* addend;  // like `out`, or null
+  std::size_t stride;
+  const float* bias;  // one for each i, or for each j
+  float low, high;
+};
+
 struct Kernels {
   const char* name;
 
@@ -46,7 +73,23 @@ struct Kernels {
   // to[c * to_stride + r] = from[r * from_stride + c] for r < rows and c < cols.
   void (*transpose)(const float* from, std::size_t from_stride, std::size_t rows, std::size_t cols, float* to,
                     std::size_t to_stride);
+
+  // A tile of sums. In `windows` the vectors are outputs and lie one after the other; the scalars are positions:
+  //   sums[i][j] (+)= vectors[k * tile_lanes + j] * scalars[at[k] + i]
+  // In `positions` it is the other way around:
+  //   sums[i][j] (+)= vectors[at[k] + j] * scalars[i * kTilePitch + k]
+  std::size_t tile_lanes, tile_count;
+  void (*tile_windows)(const Tile& tile);
+  void (*tile_positions)(const Tile& tile);
+
+  // Out comes [i][j] with a bias for each i (`rows`) or each j (`columns`), or [j][i] with a bias for each j (`across`,
+  // which may read all tile_count rows of `sums`, rounded up to a multiple of 8).
+  void (*finish_rows)(const Finish& finish);
+  void (*finish_columns)(const Finish& finish);
+  void (*finish_across)(const Finish& finish);
 };
+
+constexpr std::size_t kMaxTileFloats = 16 * 32;  // room for the sums of any table's tile
 
 extern const Kernels kPortable;
 #if defined(VQONNX_X86)

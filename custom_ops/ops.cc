@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "decode.h"
+#include "fused.h"
 #include "kernels.h"
 #include "ort_abi.h"
 #include "ort_node.h"
@@ -107,15 +108,17 @@ struct DecodeOp : OrtCustomOp {
   const Kernels* kernels;
 };
 
-// The op and its domain, for one onnxruntime in this process and one table of kernels.
+// The ops and their domain, for one onnxruntime in this process and one table of kernels.
 struct Registered {
-  Registered(const OrtApi* its_api, const Kernels* kernels) : api(its_api), op(kernels) {
+  Registered(const OrtApi* its_api, const Kernels* kernels) : api(its_api), op(kernels), fused(FusedOps(*kernels)) {
     Check(api, ort::CreateCustomOpDomain(api, "vqonnx", &domain));
     Check(api, ort::CustomOpDomain_Add(api, domain, &op));
+    for (const auto& one : fused) Check(api, ort::CustomOpDomain_Add(api, domain, one.get()));
   }
 
   const OrtApi* api;
   DecodeOp op;
+  std::vector<std::shared_ptr<OrtCustomOp>> fused;
   OrtCustomOpDomain* domain = nullptr;
 };
 

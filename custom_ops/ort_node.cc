@@ -119,6 +119,15 @@ Tensor InputView(const OrtApi* api, const OrtKernelContext* context, std::size_t
   return View(api, value);
 }
 
+const void* InputData(const OrtApi* api, const OrtKernelContext* context, std::size_t index) {
+  const OrtValue* value = nullptr;
+  void* data = nullptr;
+  Check(api, ort::KernelContext_GetInput(api, context, index, &value));
+  if (value == nullptr) throw Invalid("an input is missing");
+  Check(api, ort::GetTensorMutableData(api, const_cast<OrtValue*>(value), &data));
+  return data;
+}
+
 std::optional<Tensor> ConstantInput(const OrtApi* api, const OrtKernelInfo* info, std::size_t index) {
   int is_constant = 0;
   const OrtValue* value = nullptr;

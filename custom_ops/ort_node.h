@@ -69,6 +69,7 @@ std::vector<std::int64_t> Perm(const OrtApi* api, const OrtKernelInfo* info);
 
 // Inputs. A constant is there when the session is made, and its data stays where it is for as long as the session does.
 Tensor InputView(const OrtApi* api, const OrtKernelContext* context, std::size_t index);
+const void* InputData(const OrtApi* api, const OrtKernelContext* context, std::size_t index);
 std::optional<Tensor> ConstantInput(const OrtApi* api, const OrtKernelInfo* info, std::size_t index);
 
 float* Output(const OrtApi* api, OrtKernelContext* context, const std::vector<std::int64_t>& shape);

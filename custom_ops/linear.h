@@ -1,0 +1,75 @@
+// Linear layers computed from their coded weights. Knows neither onnxruntime nor intrinsics.
+#ifndef VQONNX_LINEAR_H_
+#define VQONNX_LINEAR_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <vector>
+
+#include "kernels.h"
+#include "tasks.h"
+#include "weight.h"
+#include "window.h"
+
+namespace vqonnx {
+
+// What one run is given. Sizes have been checked by OutputShape.
+struct Call {
+  const float* x;
+  const std::uint8_t* codes;
+  const float* bias;    // one an output, or null
+  const float* addend;  // like the output, or null
+  float low = -std::numeric_limits<float>::infinity();
+  float high = std::numeric_limits<float>::infinity();
+  float* out;
+};
+
+// y[n, o] = sum over k of x[n, k] * weight[o, k]
+class Matrix {
+ public:
+  // `transposed`: the decoded tensor is [outputs, inputs] rather than [inputs, outputs]. Throws Invalid.
+  Matrix(const Inputs& inputs, std::span<const std::int64_t> perm, bool transposed, const Kernels& kernels);
+
+  std::size_t outputs() const { return weight_.outputs(); }
+  std::size_t inputs() const { return weight_.depth(); }
+
+  void Run(const Call& call, std::size_t rows, const Tasks& tasks) const;
+
+ private:
+  const Kernels* kernels_;
+  Weight weight_;
+};
+
+// A convolution of one or two axes.
+class Conv {
+ public:
+  // The attributes are ONNX's. Throws Invalid.
+  Conv(const Inputs& inputs, std::span<const std::int64_t> perm, std::span<const std::int64_t> strides,
+       std::span<const std::int64_t> dilations, std::span<const std::int64_t> pads, std::int64_t group,
+       const Kernels& kernels);
+
+  std::size_t outputs() const { return weight_.outputs(); }
+
+  // Throws Invalid where an image [n, channels, size..] does not suit the layer.
+  std::vector<std::int64_t> OutputShape(std::span<const std::int64_t> image) const;
+
+  void Run(const Call& call, std::span<const std::int64_t> image, const Tasks& tasks) const;
+
+ private:
+  struct Image;
+  void Columns(const Grid& grid, std::int32_t* at) const;
+  void RunWindows(const Call& call, const Image& image, const Tasks& tasks) const;
+  void RunPositions(const Call& call, const Image& image, const Tasks& tasks) const;
+  bool PrefersPositions(const Grid& grid) const;
+
+  const Kernels* kernels_;
+  Weight weight_;
+  Window window_;
+  std::size_t groups_ = 1, channels_ = 0;  // channels of one group
+};
+
+}  // namespace vqonnx
+
+#endif  // VQONNX_LINEAR_H_
