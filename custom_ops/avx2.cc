@@ -108,6 +108,12 @@ const Kernels kAvx2 = {.name = "avx2",
                        .tile_positions = TilePositions,
                        .finish_rows = FinishRows,
                        .finish_columns = FinishColumns,
-                       .finish_across = FinishAcross};
+                       .finish_across = FinishAcross,
+                       .add_up = AddUp,
+                       .measure = nullptr,
+                       .quantise = nullptr,
+                       .build_tables = nullptr,
+                       .sum_tables = nullptr,
+                       .tables_pay = false};
 
 }  // namespace vqonnx

@@ -43,7 +43,7 @@ std::span<const std::int64_t> KernelSizes(const std::vector<std::int64_t>& shape
 
 Conv::Conv(const Inputs& inputs, std::span<const std::int64_t> perm, std::span<const std::int64_t> strides,
            std::span<const std::int64_t> dilations, std::span<const std::int64_t> pads, std::int64_t group,
-           const Kernels& kernels)
+           Precision precision, const Kernels& kernels)
     : kernels_(&kernels),
       weight_(inputs, perm, 0, kernels),
       window_(KernelSizes(weight_.shape()), strides, dilations, pads) {
@@ -52,6 +52,8 @@ Conv::Conv(const Inputs& inputs, std::span<const std::int64_t> perm, std::span<c
   }
   groups_ = static_cast<size_t>(group);
   channels_ = static_cast<size_t>(weight_.shape()[1]);
+  if (precision != Precision::kExact && groups_ == 1)
+    PlanLookup(static_cast<const std::uint8_t*>(inputs.codes.data), precision);
 }
 
 std::vector<std::int64_t> Conv::OutputShape(std::span<const std::int64_t> image) const {
@@ -107,10 +109,20 @@ void Conv::Columns(const Grid& grid, std::int32_t* at) const {
 }
 
 void Conv::Run(const Call& call, std::span<const std::int64_t> shape, const Tasks& tasks) const {
+  if (shape[0] == 0) return;
+  const Grid grid(window_, shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1, static_cast<size_t>(shape.back()));
+  if (lookup_) {
+    size_t count = 1;
+    for (const std::int64_t size : shape) count *= static_cast<size_t>(size);
+    if (lookup_->Suits(call.x, count)) return RunLookup(call, shape, grid, tasks);
+  }
+  RunExact(call, shape, grid, tasks);
+}
+
+void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const Grid& grid, const Tasks& tasks) const {
   const size_t images = static_cast<size_t>(shape[0]), channels = groups_ * channels_;
   const size_t image_rows = shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1;
   const size_t image_cols = static_cast<size_t>(shape.back());
-  const Grid grid(window_, image_rows, image_cols);
   const bool positions = PrefersPositions(grid);
   const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
   const bool direct = grid.direct() && (!positions || span >= kernels_->tile_lanes);
@@ -195,7 +207,7 @@ void Conv::RunWindows(const Call& call, const Image& image, const Tasks& tasks) 
     auto* vectors = scratch.Take<float>(piece * lanes);
     auto* sums = scratch.Take<float>(sums_floats);
     auto* bias = scratch.Take<float>(lanes);
-    for (size_t i = 0; i < lanes; ++i) bias[i] = call.bias != nullptr && i < part.size ? call.bias[first + i] : 0.0F;
+    for (size_t i = 0; i < lanes; ++i) bias[i] = i < part.size ? call.bias[first + i] : 0.0F;
     const float* planes = image.planes + group * channels_ * grid.plane;
     const size_t out = (image.index * weight_.outputs() + first) * out_plane;
 
@@ -216,11 +228,13 @@ void Conv::RunWindows(const Call& call, const Image& image, const Tasks& tasks) 
         if (col + cols < depth) continue;
         const size_t place = out + row * grid.out_cols + columns.begin;
         kernels_->finish_across({.sums = its_sums,
+                                 .pitch = lanes,
                                  .count = columns.size,
                                  .lanes = part.size,
                                  .out = call.out + place,
                                  .addend = call.addend == nullptr ? nullptr : call.addend + place,
                                  .stride = out_plane,
+                                 .scales = nullptr,
                                  .bias = bias,
                                  .low = call.low,
                                  .high = call.high});
@@ -257,7 +271,7 @@ void Conv::RunPositions(const Call& call, const Image& image, const Tasks& tasks
     auto* scalars = scratch.Take<float>(part.size * kTilePitch);
     auto* sums = scratch.Take<float>(sums_floats);
     auto* bias = scratch.Take<float>(part.size);
-    for (size_t i = 0; i < part.size; ++i) bias[i] = call.bias != nullptr ? call.bias[first + i] : 0.0F;
+    for (size_t i = 0; i < part.size; ++i) bias[i] = call.bias[first + i];
     const float* planes = image.planes + group * channels_ * grid.plane;
     const size_t out = (image.index * weight_.outputs() + first) * out_plane;
 
@@ -288,11 +302,13 @@ void Conv::RunPositions(const Call& call, const Image& image, const Tasks& tasks
             const size_t wanted = grid.cols == grid.out_cols ? end - p : std::min(end - p, grid.out_cols - column);
             const size_t place = out + row * grid.out_cols + column;
             kernels_->finish_rows({.sums = its_sums + (p - position),
+                                   .pitch = lanes,
                                    .count = part.size,
                                    .lanes = wanted,
                                    .out = call.out + place,
                                    .addend = call.addend == nullptr ? nullptr : call.addend + place,
                                    .stride = out_plane,
+                                   .scales = nullptr,
                                    .bias = bias,
                                    .low = call.low,
                                    .high = call.high});

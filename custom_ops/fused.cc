@@ -38,6 +38,22 @@ void CheckFloat32(const char* name, const Tensor& tensor) {
   if (tensor.type != Type::kFloat32) throw Invalid(std::string(name) + " is " + Text(tensor.type) + ", not float32");
 }
 
+Precision ParsePrecision(const std::string& text, const char* name) {
+  if (text.empty() || text == "auto") return Precision::kAuto;
+  if (text == "exact") return Precision::kExact;
+  if (text == "fast") return Precision::kFast;
+  throw Invalid(std::string(name) + " is '" + Printable(text) + "'; known are auto, exact and fast");
+}
+
+// The node's attribute, and where that leaves the choice, the environment's.
+Precision ChosenPrecision(const OrtApi* api, const OrtKernelInfo* info) {
+  const std::optional<std::string> own = OptionalString(api, info, "precision", "known are auto, exact and fast");
+  const char* all = std::getenv("VQONNX_PRECISION");
+  const Precision otherwise = ParsePrecision(all == nullptr ? "" : all, "VQONNX_PRECISION");
+  const Precision chosen = ParsePrecision(own.value_or(""), "precision");
+  return chosen == Precision::kAuto ? otherwise : chosen;
+}
+
 std::size_t Count(std::span<const std::int64_t> dims) {
   std::size_t count = 1;
   for (const std::int64_t size : dims) count *= static_cast<std::size_t>(size);  // of a tensor that exists
@@ -53,22 +69,25 @@ class FusedKernel {
     const Inputs inputs = {Constant(info, Kind::kCodes, "codes"), Constant(info, Kind::kCodebooks, "codebooks"),
                            Constant(info, Kind::kScales, "scales"), Constant(info, Kind::kLayout, "layout")};
     const std::vector<std::int64_t> perm = Perm(api, info);
+    const Precision precision = ChosenPrecision(api, info);
     if (kind.layer == Layer::kConv) {
       const auto ints = [&](const char* name) {
         std::optional<std::vector<std::int64_t>> values = IntsAttribute(api, info, name);
         if (!values) throw Invalid(std::string("the attribute ") + name + " is missing, or is no list of integers");
         return *values;
       };
-      layer_.emplace<Conv>(inputs, perm, ints("strides"), ints("dilations"), ints("pads"), Int(info, "group"), kernels);
+      layer_.emplace<Conv>(inputs, perm, ints("strides"), ints("dilations"), ints("pads"), Int(info, "group"),
+                           precision, kernels);
     } else {
       const std::int64_t transposed = kind.layer == Layer::kGemm ? Int(info, "transB") : 0;
       if (transposed != 0 && transposed != 1) throw Invalid("transB is " + Text(transposed) + "; it must be 0 or 1");
-      layer_.emplace<Matrix>(inputs, perm, transposed == 1, kernels);
+      layer_.emplace<Matrix>(inputs, perm, transposed == 1, precision, kernels);
     }
     outputs_ = std::visit([](const auto& layer) { return Outputs(layer); }, layer_);
     if (kind.layer != Layer::kMatMul) {
       if (const std::optional<Tensor> bias = ConstantInput(api, info, Kind::kBias)) CheckBias(*bias);
     }
+    if (kind.layer == Layer::kMatMul) no_bias_.assign(outputs_, 0.0F);
     if (kind.after == After::kRelu || kind.after == After::kAddRelu) low_ = 0.0F;
     if (kind.after == After::kClip) {
       low_ = Bound(info, Kind::kNext, "min");
@@ -82,7 +101,7 @@ class FusedKernel {
       CheckFloat32("X", x);
       Call call = {.x = static_cast<const float*>(x.data),
                    .codes = static_cast<const std::uint8_t*>(InputData(api_, context, Kind::kCodes)),
-                   .bias = nullptr,
+                   .bias = no_bias_.data(),
                    .addend = nullptr,
                    .low = low_,
                    .high = high_,
@@ -162,6 +181,7 @@ class FusedKernel {
   const Kind& kind_;
   std::variant<std::monostate, Conv, Matrix> layer_;
   std::size_t outputs_ = 0;
+  std::vector<float> no_bias_;  // for an operator that has none
   float low_ = -std::numeric_limits<float>::infinity(), high_ = std::numeric_limits<float>::infinity();
 };
 

@@ -63,6 +63,7 @@ struct WordTable {
 }  // namespace vqonnx
 
 #include "kernels-inl.h"
+#include "table-portable-inl.h"
 #include "tile-inl.h"
 
 namespace vqonnx {
@@ -119,6 +120,11 @@ bool HasAvx512() {
   const unsigned f = Bit(16), dq = Bit(17), bw = Bit(30), vl = Bit(31), mask_zmm = Bit(5) | Bit(6) | Bit(7);
   return HasAvx2() && HasAll(SavedState(), mask_zmm) && HasAll(CpuId(7).b, f | dq | bw | vl);
 }
+
+bool HasVbmi() {
+  const unsigned vbmi = Bit(1), vnni = Bit(11);
+  return HasAvx512() && HasAll(CpuId(7).c, vbmi | vnni);
+}
 #endif
 
 bool Always() { return true; }
@@ -134,6 +140,7 @@ const Entry kEntries[] = {
 #if defined(VQONNX_X86)
     {&kAvx2, HasAvx2},
     {&kAvx512, HasAvx512},
+    {&kAvx512Vbmi, HasVbmi},
 #endif
 };
 static_assert(sizeof(kEntries) / sizeof(kEntries[0]) <= kMaxTables);
@@ -151,7 +158,13 @@ const Kernels kPortable = {.name = "portable",
                            .tile_positions = TilePositions,
                            .finish_rows = FinishRows,
                            .finish_columns = FinishColumns,
-                           .finish_across = FinishAcross};
+                           .finish_across = FinishAcross,
+                           .add_up = AddUp,
+                           .measure = Measure,
+                           .quantise = Quantise,
+                           .build_tables = BuildTable,
+                           .sum_tables = SumTable,
+                           .tables_pay = false};
 
 std::size_t UsableKernels(const Kernels** tables) {
   std::size_t count = 0;

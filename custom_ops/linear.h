@@ -2,13 +2,16 @@
 #ifndef VQONNX_LINEAR_H_
 #define VQONNX_LINEAR_H_
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "kernels.h"
+#include "lookup.h"
 #include "tasks.h"
 #include "weight.h"
 #include "window.h"
@@ -19,18 +22,22 @@ namespace vqonnx {
 struct Call {
   const float* x;
   const std::uint8_t* codes;
-  const float* bias;    // one an output, or null
+  const float* bias;    // one an output
   const float* addend;  // like the output, or null
   float low = -std::numeric_limits<float>::infinity();
   float high = std::numeric_limits<float>::infinity();
   float* out;
 };
 
+// What a layer may do to be fast: kFast allows tables of 16 bits, kAuto only where their error is small.
+enum class Precision { kAuto, kExact, kFast };
+
 // y[n, o] = sum over k of x[n, k] * weight[o, k]
 class Matrix {
  public:
   // `transposed`: the decoded tensor is [outputs, inputs] rather than [inputs, outputs]. Throws Invalid.
-  Matrix(const Inputs& inputs, std::span<const std::int64_t> perm, bool transposed, const Kernels& kernels);
+  Matrix(const Inputs& inputs, std::span<const std::int64_t> perm, bool transposed, Precision precision,
+         const Kernels& kernels);
 
   std::size_t outputs() const { return weight_.outputs(); }
   std::size_t inputs() const { return weight_.depth(); }
@@ -38,8 +45,14 @@ class Matrix {
   void Run(const Call& call, std::size_t rows, const Tasks& tasks) const;
 
  private:
+  void RunExact(const Call& call, std::size_t rows, const Tasks& tasks) const;
+  void RunFewRows(const Call& call, std::size_t rows, const Tasks& tasks) const;
+  void RunManyRows(const Call& call, std::size_t rows, const Tasks& tasks) const;
+  void FinishRow(const Call& call, std::size_t row, std::size_t output, std::size_t count, const float* sums) const;
+
   const Kernels* kernels_;
   Weight weight_;
+  std::optional<Lookup> lookup_;
 };
 
 // A convolution of one or two axes.
@@ -48,7 +61,7 @@ class Conv {
   // The attributes are ONNX's. Throws Invalid.
   Conv(const Inputs& inputs, std::span<const std::int64_t> perm, std::span<const std::int64_t> strides,
        std::span<const std::int64_t> dilations, std::span<const std::int64_t> pads, std::int64_t group,
-       const Kernels& kernels);
+       Precision precision, const Kernels& kernels);
 
   std::size_t outputs() const { return weight_.outputs(); }
 
@@ -63,11 +76,19 @@ class Conv {
   void RunWindows(const Call& call, const Image& image, const Tasks& tasks) const;
   void RunPositions(const Call& call, const Image& image, const Tasks& tasks) const;
   bool PrefersPositions(const Grid& grid) const;
+  void PlanLookup(const std::uint8_t* codes, Precision precision);
+  void RunExact(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
+  void RunLookup(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
+  void SumBand(const float* image, std::size_t image_rows, std::size_t image_cols, const Grid& grid,
+               std::size_t first_row, std::size_t band_rows, const Lookup::Room& room, float* turned, float* nowhere,
+               float* sums) const;
 
   const Kernels* kernels_;
   Weight weight_;
   Window window_;
   std::size_t groups_ = 1, channels_ = 0;  // channels of one group
+  std::optional<Lookup> lookup_;
+  std::vector<std::array<std::size_t, 2>> tap_remainders_;  // of each tap class: those of its taps' rows and columns
 };
 
 }  // namespace vqonnx

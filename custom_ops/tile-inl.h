@@ -65,45 +65,73 @@ void ChooseTile(const Tile& tile) {
 void TileWindows(const Tile& tile) { ChooseTile<true, kTileCount>(tile); }
 void TilePositions(const Tile& tile) { ChooseTile<false, kTileCount>(tile); }
 
-// One row of the output: `bias` holds one value for all of it, or one for each.
-template <bool kOneBias>
-void FinishRow(const Finish& f, const float* sums, std::size_t lanes, const float* bias, std::size_t at) {
-  const auto low = Wide::Set(f.low), high = Wide::Set(f.high), one = Wide::Set(kOneBias ? *bias : 0.0F);
+// One row of the output, with one scale and bias for all of it, or one for each value.
+template <bool kOne>
+void FinishRow(const Finish& f, const float* sums, std::size_t lanes, const float* scales, const float* bias,
+               std::size_t at) {
+  const auto low = Wide::Set(f.low), high = Wide::Set(f.high);
+  const auto one_scale = Wide::Set(kOne && scales != nullptr ? *scales : 1.0F),
+             one_bias = Wide::Set(kOne ? *bias : 0.0F);
   std::size_t j = 0;
   for (; j + Wide::kLanes <= lanes; j += Wide::kLanes) {
-    auto value = Wide::Add(Wide::Load(sums + j), kOneBias ? one : Wide::Load(bias + j));
+    auto value = Wide::Load(sums + j);
+    if (scales != nullptr) value = Wide::Mul(value, kOne ? one_scale : Wide::Load(scales + j));
+    value = Wide::Add(value, kOne ? one_bias : Wide::Load(bias + j));
     if (f.addend != nullptr) value = Wide::Add(value, Wide::Load(f.addend + at + j));
     Wide::Store(f.out + at + j, Wide::Min(high, Wide::Max(low, value)));
   }
   if (j == lanes) return;
-  auto value = Wide::Add(Wide::LoadPart(sums + j, lanes - j), kOneBias ? one : Wide::LoadPart(bias + j, lanes - j));
-  if (f.addend != nullptr) value = Wide::Add(value, Wide::LoadPart(f.addend + at + j, lanes - j));
-  Wide::StorePart(f.out + at + j, lanes - j, Wide::Min(high, Wide::Max(low, value)));
+  const std::size_t rest = lanes - j;
+  auto value = Wide::LoadPart(sums + j, rest);
+  if (scales != nullptr) value = Wide::Mul(value, kOne ? one_scale : Wide::LoadPart(scales + j, rest));
+  value = Wide::Add(value, kOne ? one_bias : Wide::LoadPart(bias + j, rest));
+  if (f.addend != nullptr) value = Wide::Add(value, Wide::LoadPart(f.addend + at + j, rest));
+  Wide::StorePart(f.out + at + j, rest, Wide::Min(high, Wide::Max(low, value)));
 }
+
+inline const float* Behind(const float* values, std::size_t i) { return values == nullptr ? nullptr : values + i; }
 
 void FinishRows(const Finish& f) {
   for (std::size_t i = 0; i < f.count; ++i) {
-    FinishRow<true>(f, f.sums + i * kTileLanes, f.lanes, f.bias + i, i * f.stride);
+    FinishRow<true>(f, f.sums + i * f.pitch, f.lanes, Behind(f.scales, i), f.bias + i, i * f.stride);
   }
 }
 
 void FinishColumns(const Finish& f) {
   for (std::size_t i = 0; i < f.count; ++i) {
-    FinishRow<false>(f, f.sums + i * kTileLanes, f.lanes, f.bias, i * f.stride);
+    FinishRow<false>(f, f.sums + i * f.pitch, f.lanes, f.scales, f.bias, i * f.stride);
   }
 }
 
 void FinishAcross(const Finish& f) {
-  constexpr std::size_t kRows = (kTileCount + kTile - 1) / kTile * kTile;
+  constexpr std::size_t kRows = 2 * Wide::kLanes;  // a multiple of kTile
   alignas(64) float turned[kTile * kRows];
-  for (std::size_t j = 0; j < f.lanes; j += kTile) {  // kTile divides kTileLanes
-    for (std::size_t i = 0; i < f.count; i += kTile) {
-      TransposeTile(f.sums + i * kTileLanes + j, kTileLanes, turned + i, kRows);
+  for (std::size_t first = 0; first < f.count; first += kRows) {
+    const std::size_t count = f.count - first < kRows ? f.count - first : kRows;
+    for (std::size_t j = 0; j < f.lanes; j += kTile) {
+      for (std::size_t i = 0; i < count; i += kTile) {
+        TransposeTile(f.sums + (first + i) * f.pitch + j, f.pitch, turned + i, kRows);
+      }
+      const std::size_t end = f.lanes - j < kTile ? f.lanes - j : kTile;
+      for (std::size_t row = j; row < j + end; ++row) {
+        FinishRow<true>(f, turned + (row - j) * kRows, count, Behind(f.scales, row), f.bias + row,
+                        row * f.stride + first);
+      }
     }
-    const std::size_t end = f.lanes - j < kTile ? f.lanes - j : kTile;
-    for (std::size_t row = 0; row < end; ++row) {
-      FinishRow<true>(f, turned + row * kRows, f.count, f.bias + j + row, (j + row) * f.stride);
-    }
+  }
+}
+
+void AddUp(const float* from, std::size_t stride, std::size_t count, std::size_t size, float* out) {
+  std::size_t j = 0;
+  for (; j + Wide::kLanes <= size; j += Wide::kLanes) {
+    auto sum = Wide::Load(from + j);
+    for (std::size_t i = 1; i < count; ++i) sum = Wide::Add(sum, Wide::Load(from + i * stride + j));
+    Wide::Store(out + j, sum);
+  }
+  for (; j < size; ++j) {
+    float sum = from[j];
+    for (std::size_t i = 1; i < count; ++i) sum += from[i * stride + j];
+    out[j] = sum;
   }
 }
 

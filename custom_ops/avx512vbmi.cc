@@ -1,0 +1,27 @@
+// The kernels for AVX-512 with VBMI and VNNI: those of avx512.cc, and products by table lookup. Everything is in
+// unnamed namespaces except the table, see STYLE.md, section 5.
+#include "avx512-inl.h"
+#include "table-vbmi-inl.h"
+
+namespace vqonnx {
+
+const Kernels kAvx512Vbmi = {.name = "avx512vbmi",
+                             .unpack = Unpack,
+                             .unpack_wide = UnpackWide,
+                             .decode_row = DecodeRow,
+                             .transpose = Transpose,
+                             .tile_lanes = kTileLanes,
+                             .tile_count = kTileCount,
+                             .tile_windows = TileWindows,
+                             .tile_positions = TilePositions,
+                             .finish_rows = FinishRows,
+                             .finish_columns = FinishColumns,
+                             .finish_across = FinishAcross,
+                             .add_up = AddUp,
+                             .measure = Measure,
+                             .quantise = Quantise,
+                             .build_tables = BuildTable,
+                             .sum_tables = SumTable,
+                             .tables_pay = true};
+
+}  // namespace vqonnx
