@@ -55,26 +55,29 @@ inline void UnpackOctet(std::uint64_t window, std::size_t bits, std::uint8_t* ou
   _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_shuffle_epi8(even_odd, order));
 }
 
-constexpr std::size_t kTile = 8;
 constexpr std::size_t kTileVectors = 2, kTileCount = 6;  // 12 of 16 registers hold sums
 
 // Three rounds, each of which brings together values that are one, two and four rows apart.
-inline void TransposeTile(const float* from, std::size_t from_stride, float* to, std::size_t to_stride) {
-  __m256 rows[8], pairs[8], quads[8];
-  for (std::size_t i = 0; i < 8; ++i) rows[i] = _mm256_loadu_ps(from + i * from_stride);
+template <class Row>
+VQONNX_INLINE void LoadTurned(Row row, __m256* out) {
+  __m256 pairs[8], quads[8];
+  VQONNX_UNROLL
   for (std::size_t i = 0; i < 8; i += 2) {
-    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
-    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+    const __m256 even = _mm256_loadu_ps(row(i)), odd = _mm256_loadu_ps(row(i + 1));
+    pairs[i] = _mm256_unpacklo_ps(even, odd);
+    pairs[i + 1] = _mm256_unpackhi_ps(even, odd);
   }
+  VQONNX_UNROLL
   for (std::size_t i = 0; i < 8; i += 4) {
     quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], _MM_SHUFFLE(1, 0, 1, 0));
     quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], _MM_SHUFFLE(3, 2, 3, 2));
     quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], _MM_SHUFFLE(1, 0, 1, 0));
     quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], _MM_SHUFFLE(3, 2, 3, 2));
   }
+  VQONNX_UNROLL
   for (std::size_t i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20));
-    _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31));
+    out[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
+    out[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
   }
 }
 
@@ -102,6 +105,7 @@ const Kernels kAvx2 = {.name = "avx2",
                        .unpack_wide = UnpackWide,
                        .decode_row = DecodeRow,
                        .transpose = Transpose,
+                       .decode_panel = DecodePanel,
                        .tile_lanes = kTileLanes,
                        .tile_count = kTileCount,
                        .tile_windows = TileWindows,

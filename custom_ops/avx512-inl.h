@@ -53,26 +53,37 @@ inline void UnpackOctet(std::uint64_t window, std::size_t bits, std::uint8_t* ou
   _mm512_mask_cvtepi64_storeu_epi8(out, 0xFF, _mm512_and_si512(codes, mask));
 }
 
-constexpr std::size_t kTile = 8;
 constexpr std::size_t kTileVectors = 2, kTileCount = 14;  // 28 of 32 registers hold sums
 
-// As in avx2.cc: eight by eight suits kernels of nine taps, where sixteen would leave everything to the scalar loop.
-inline void TransposeTile(const float* from, std::size_t from_stride, float* to, std::size_t to_stride) {
-  __m256 rows[8], pairs[8], quads[8];
-  for (std::size_t i = 0; i < 8; ++i) rows[i] = _mm256_loadu_ps(from + i * from_stride);
+// Rows i and i + 8 share a register; then three rounds, each of which brings together values that are one, two and four
+// rows apart.
+template <class Row>
+VQONNX_INLINE void LoadTurned(Row row, __m512* out) {
+  __m512 both[8], pairs[8], quads[8];
+  VQONNX_UNROLL
+  for (std::size_t i = 0; i < 8; ++i) {
+    both[i] = _mm512_maskz_insertf32x8(0xFFFF, _mm512_castps256_ps512(_mm256_loadu_ps(row(i))),
+                                       _mm256_loadu_ps(row(i + 8)), 1);
+  }
+  VQONNX_UNROLL
   for (std::size_t i = 0; i < 8; i += 2) {
-    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
-    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+    pairs[i] = _mm512_maskz_unpacklo_ps(0xFFFF, both[i], both[i + 1]);
+    pairs[i + 1] = _mm512_maskz_unpackhi_ps(0xFFFF, both[i], both[i + 1]);
   }
+  VQONNX_UNROLL
   for (std::size_t i = 0; i < 8; i += 4) {
-    quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], _MM_SHUFFLE(1, 0, 1, 0));
-    quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], _MM_SHUFFLE(3, 2, 3, 2));
-    quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], _MM_SHUFFLE(1, 0, 1, 0));
-    quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], _MM_SHUFFLE(3, 2, 3, 2));
+    quads[i] = _mm512_maskz_shuffle_ps(0xFFFF, pairs[i], pairs[i + 2], _MM_SHUFFLE(1, 0, 1, 0));
+    quads[i + 1] = _mm512_maskz_shuffle_ps(0xFFFF, pairs[i], pairs[i + 2], _MM_SHUFFLE(3, 2, 3, 2));
+    quads[i + 2] = _mm512_maskz_shuffle_ps(0xFFFF, pairs[i + 1], pairs[i + 3], _MM_SHUFFLE(1, 0, 1, 0));
+    quads[i + 3] = _mm512_maskz_shuffle_ps(0xFFFF, pairs[i + 1], pairs[i + 3], _MM_SHUFFLE(3, 2, 3, 2));
   }
+  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13),
+                second = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+  VQONNX_UNROLL
   for (std::size_t i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20));
-    _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31));
+    const __m512d low = _mm512_castps_pd(quads[i]), high = _mm512_castps_pd(quads[i + 4]);
+    out[i] = _mm512_castpd_ps(_mm512_permutex2var_pd(low, first, high));
+    out[i + 4] = _mm512_castpd_ps(_mm512_permutex2var_pd(low, second, high));
   }
 }
 

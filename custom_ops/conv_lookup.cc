@@ -12,7 +12,7 @@ namespace {
 using std::size_t;
 
 // Outputs whose sums stay near (in floats): a band of the image. The tables of the inputs on its border are made twice.
-constexpr size_t kBandFloats = 65536;
+constexpr size_t kBandFloats = 131072;
 
 size_t Ceil(size_t a, size_t b) { return (a + b - 1) / b; }
 
@@ -26,23 +26,26 @@ void Conv::PlanLookup(const std::uint8_t* codes, Precision precision) {
     if (weight_.column_axes()[i] > weight_.column_axes()[i + 1]) return;  // taps in another order
   }
   if (!Lookup::Possible(weight_, taps, *kernels_)) return;
+  // Taps whose rows and columns leave the same remainders after division by the strides serve the same inputs.
   std::vector<size_t> tap_class;
-  size_t classes = 0;
-  std::vector<std::array<size_t, 2>> known;
   for (size_t y = 0; y < window_.kernel[0]; ++y) {
     for (size_t x = 0; x < window_.kernel[1]; ++x) {
       const std::array<size_t, 2> remainders = {y * window_.dilation[0] % window_.stride[0],
                                                 x * window_.dilation[1] % window_.stride[1]};
-      const auto place = std::find(known.begin(), known.end(), remainders);
-      tap_class.push_back(static_cast<size_t>(place - known.begin()));
-      if (place == known.end()) known.push_back(remainders);
+      const auto place = std::find(tap_remainders_.begin(), tap_remainders_.end(), remainders);
+      tap_class.push_back(static_cast<size_t>(place - tap_remainders_.begin()));
+      if (place == tap_remainders_.end()) tap_remainders_.push_back(remainders);
     }
   }
-  classes = known.size();
-  tap_remainders_ = std::move(known);
   lookup_.emplace(weight_, codes, tap_class, *kernels_);
-  if (!lookup_->Pays(precision == Precision::kFast, static_cast<double>(classes), static_cast<double>(taps))) {
+  if (!lookup_->Pays(precision == Precision::kFast, static_cast<double>(tap_remainders_.size()),
+                     static_cast<double>(taps))) {
     lookup_.reset();
+    return;
+  }
+  for (const Lookup::Set& set : lookup_->sets()) {
+    set_steps_.push_back({set.tap / window_.kernel[1] * window_.dilation[0] / window_.stride[0],
+                          set.tap % window_.kernel[1] * window_.dilation[1] / window_.stride[1]});
   }
 }
 
@@ -62,43 +65,50 @@ void Conv::SumBand(const float* image, size_t image_rows, size_t image_cols, con
     const size_t first = chunk.first_block * lookup.width();
     const size_t inputs = std::min(chunk.blocks * lookup.width(), channels_ - first);
     for (size_t y = begin; y < end; ++y) {
-      const size_t row_class = y % window_.stride[0];
-      const auto has_row = [&](const std::array<size_t, 2>& remainders) { return remainders[0] == row_class; };
-      if (std::none_of(tap_remainders_.begin(), tap_remainders_.end(), has_row)) continue;
-      kernels_->transpose(image + first * plane + (y - window_.begin[0]) * image_cols, plane, inputs, image_cols,
-                          turned, inputs);
-      for (size_t column = 0; column < image_cols; ++column) {
-        const size_t x = column + window_.begin[1];
-        const std::array<size_t, 2> remainders = {row_class, x % window_.stride[1]};
-        const auto its_class = std::find(tap_remainders_.begin(), tap_remainders_.end(), remainders);
-        if (its_class == tap_remainders_.end()) continue;
-        const Lookup::Class& tap_class = lookup.tap_class(static_cast<size_t>(its_class - tap_remainders_.begin()));
-        bool built = false;
-        float factor = 0.0F;
-        for (size_t t = tap_class.first_tile; t < tap_class.first_tile + tap_class.tiles; ++t) {
-          const Lookup::Tile& tile = lookup.tiles()[t];
-          float* its_sums[kMostSets];
-          bool wanted = false;
-          for (size_t i = 0; i < tile.sets; ++i) {
-            const Lookup::Set& set = lookup.sets()[tile.first_set + i];
-            const size_t up = set.tap / window_.kernel[1] * window_.dilation[0];
-            const size_t left = set.tap % window_.kernel[1] * window_.dilation[1];
-            const size_t out_row = (y - up) / window_.stride[0] - first_row;  // wraps around where there is none
-            const size_t out_col = (x - left) / window_.stride[1];
-            const bool inside =
-                y >= up + first_row * window_.stride[0] && out_row < band_rows && x >= left && out_col < grid.out_cols;
-            its_sums[i] = inside ? sums + (out_row * grid.out_cols + out_col) * padded + set.output : nowhere;
-            wanted = wanted || inside;
-          }
-          if (!wanted) continue;
-          if (!built) {
-            factor = lookup.Build(chunk, turned + column * inputs, channels_, room);
-            built = true;
-          }
-          lookup.Sum(chunk, tile, room, factor, its_sums, true);
+      const float* row = image + first * plane + (y - window_.begin[0]) * image_cols;
+      bool is_turned = false;
+      for (size_t c = 0; c < tap_remainders_.size(); ++c) {
+        const auto [row_remainder, col_remainder] = tap_remainders_[c];
+        if (y % window_.stride[0] != row_remainder) continue;
+        if (!is_turned) kernels_->transpose(row, plane, inputs, image_cols, turned, inputs);
+        is_turned = true;
+        // Columns with the class's remainder, counted with the pads.
+        const size_t stride = window_.stride[1];
+        const size_t skip = (col_remainder + stride - window_.begin[1] % stride) % stride;
+        for (size_t column = skip; column < image_cols; column += stride) {
+          const size_t out_row = y / window_.stride[0], out_col = (column + window_.begin[1]) / stride;
+          AddPosition(chunk, lookup.tap_class(c), turned + column * inputs, grid, out_row - first_row, out_col,
+                      band_rows, room, nowhere, sums);
         }
       }
     }
+  }
+}
+
+// What one input yields is added to the outputs that take it: the one at this row and column through the first tap, and
+// those a few steps before through others. Rows and columns may lie outside of the band, before it by wrapping around.
+void Conv::AddPosition(const Lookup::Chunk& chunk, const Lookup::Class& tap_class, const float* x, const Grid& grid,
+                       size_t out_row, size_t out_col, size_t band_rows, const Lookup::Room& room, float* nowhere,
+                       float* sums) const {
+  const Lookup& lookup = *lookup_;
+  bool is_built = false;
+  float factor = 0.0F;
+  for (size_t t = tap_class.first_tile; t < tap_class.first_tile + tap_class.tiles; ++t) {
+    const Lookup::Tile& tile = lookup.tiles()[t];
+    float* its_sums[kMostSets];
+    bool wanted = false;
+    for (size_t i = 0; i < tile.sets; ++i) {
+      const auto [up, left] = set_steps_[tile.first_set + i];
+      const bool inside = out_row - up < band_rows && out_col - left < grid.out_cols;
+      its_sums[i] = inside ? sums + ((out_row - up) * grid.out_cols + out_col - left) * lookup.padded_outputs() +
+                                 lookup.sets()[tile.first_set + i].output
+                           : nowhere;
+      wanted = wanted || inside;
+    }
+    if (!wanted) continue;
+    if (!is_built) factor = lookup.Build(chunk, x, channels_, room);
+    is_built = true;
+    lookup.Sum(chunk, tile, room, factor, its_sums, true);
   }
 }
 

@@ -47,10 +47,12 @@ void UnpackOctet(std::uint64_t window, std::size_t bits, std::uint8_t* out) {
   }
 }
 
-constexpr std::size_t kTile = 1;
 constexpr std::size_t kTileVectors = 4, kTileCount = 3;
 
-void TransposeTile(const float* from, std::size_t, float* to, std::size_t) { *to = *from; }
+template <class Row>
+void LoadTurned(Row row, float* out) {
+  for (std::size_t i = 0; i < 8; ++i) out[i] = row(0)[i];
+}
 
 struct WordTable {
   static constexpr std::size_t kWords = 256;
@@ -152,6 +154,7 @@ const Kernels kPortable = {.name = "portable",
                            .unpack_wide = UnpackWide,
                            .decode_row = CheckedDecodeRow,
                            .transpose = Transpose,
+                           .decode_panel = DecodePanel,
                            .tile_lanes = kTileLanes,
                            .tile_count = kTileCount,
                            .tile_windows = TileWindows,

@@ -8,6 +8,15 @@
 #include <cstddef>
 #include <cstdint>
 
+// In front of loops over registers, which must not be loops, and of functions that take or return many registers.
+#if defined(__GNUC__)
+#define VQONNX_UNROLL _Pragma("GCC unroll 32")
+#define VQONNX_INLINE inline __attribute__((always_inline))
+#else
+#define VQONNX_UNROLL
+#define VQONNX_INLINE __forceinline
+#endif
+
 namespace vqonnx {
 
 // Floats after the last codeword that a kernel may read (never use), so that it can load whole vectors.
@@ -115,6 +124,11 @@ struct Kernels {
   // to[c * to_stride + r] = from[r * from_stride + c] for r < rows and c < cols.
   void (*transpose)(const float* from, std::size_t from_stride, std::size_t rows, std::size_t cols, float* to,
                     std::size_t to_stride);
+
+  // The same for up to tile_lanes rows next to each other: out[col * tile_lanes + i] for row `row + i`, with a scale
+  // for each; unspecified beyond `rows`. At most 8 stages.
+  void (*decode_panel)(const Coded& matrix, std::size_t row, std::size_t rows, std::size_t group, std::size_t cols,
+                       const float* scales, float* out);
 
   // A tile of sums. In `windows` the vectors are outputs and lie one after the other; the scalars are positions:
   //   sums[i][j] (+)= vectors[k * tile_lanes + j] * scalars[at[k] + i]

@@ -83,12 +83,17 @@ class Conv {
                std::size_t first_row, std::size_t band_rows, const Lookup::Room& room, float* turned, float* nowhere,
                float* sums) const;
 
+  void AddPosition(const Lookup::Chunk& chunk, const Lookup::Class& tap_class, const float* x, const Grid& grid,
+                   std::size_t out_row, std::size_t out_col, std::size_t band_rows, const Lookup::Room& room,
+                   float* nowhere, float* sums) const;
+
   const Kernels* kernels_;
   Weight weight_;
   Window window_;
   std::size_t groups_ = 1, channels_ = 0;  // channels of one group
   std::optional<Lookup> lookup_;
   std::vector<std::array<std::size_t, 2>> tap_remainders_;  // of each tap class: those of its taps' rows and columns
+  std::vector<std::array<std::size_t, 2>> set_steps_;  // of each set's tap: outputs that it lies behind the first tap
 };
 
 }  // namespace vqonnx

@@ -76,7 +76,7 @@ void Quantise(const float* x, std::size_t count, float scale, std::int16_t* out)
 }
 
 // sum += the dot products of pairs of 16 bits. The compiler copies the sums of the intrinsic around.
-inline void AddProducts(__m512i& sum, __m512i value, const std::int16_t* words) {
+VQONNX_INLINE void AddProducts(__m512i& sum, __m512i value, const std::int16_t* words) {
 #if defined(__GNUC__)
   __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(value), "m"(*reinterpret_cast<const std::int16_t(*)[32]>(words)));
 #else
@@ -134,8 +134,8 @@ struct Bytes {
 
 // Looks up 64 codes and adds what they yield. With intrinsics the compiler runs out of registers, and takes the form of
 // the permutation that overwrites the table: 4.9 instead of 4.2 cycles.
-inline void AddLookups(const std::uint8_t* codes, const Bytes& low, const Bytes& high, ByteSums& lows,
-                       ByteSums& highs) {
+VQONNX_INLINE void AddLookups(const std::uint8_t* codes, const Bytes& low, const Bytes& high, ByteSums& lows,
+                              ByteSums& highs) {
 #if defined(__GNUC__)
   __m512i code, yield, other;
   __mmask64 upper;

@@ -7,12 +7,6 @@
 //
 // No include guard and no standard library on purpose: see STYLE.md, section 5.
 
-#if defined(__GNUC__)
-#define VQONNX_UNROLL _Pragma("GCC unroll 32")
-#else
-#define VQONNX_UNROLL
-#endif
-
 namespace vqonnx {
 namespace {
 
@@ -65,6 +59,100 @@ void ChooseTile(const Tile& tile) {
 void TileWindows(const Tile& tile) { ChooseTile<true, kTileCount>(tile); }
 void TilePositions(const Tile& tile) { ChooseTile<false, kTileCount>(tile); }
 
+// Blocks [0, blocks) of one stage for one vector of rows; `codes` of the rows are `stride` apart.
+template <bool kFirst, bool kLast, std::size_t kWidth, class Code>
+void TurnWordsOf(const Coded& m, const Code* codes, std::size_t stride, std::size_t stage, std::size_t group,
+                 std::size_t cols, decltype(Wide::Set(0.0F)) scale, float* out) {
+  using V = decltype(Wide::Set(0.0F));
+  const std::size_t width = kWidth ? kWidth : m.width;
+  const std::size_t book_size = m.words * width;
+  const float* const end = m.codebooks + (stage + 1) * m.books * book_size;
+  const float* book = m.codebooks + (stage * m.books + group % m.books) * book_size;
+  for (std::size_t block = 0; block * width < cols;
+       ++block, book = book + book_size == end ? end - m.books * book_size : book + book_size) {
+    for (std::size_t j = 0; j < width; j += 8) {
+      const std::size_t col = block * width + j;
+      V turned[8];
+      LoadTurned([&](std::size_t i) { return book + (codes[i * stride + block] * width + j); }, turned);
+      const std::size_t in_word = width - j < 8 ? width - j : 8;
+      const std::size_t count = col + in_word > cols ? (col < cols ? cols - col : 0) : in_word;
+      const auto put = [&](std::size_t i) {
+        float* to = out + (col + i) * kTileLanes;
+        V value = kFirst ? turned[i] : Wide::Add(Wide::Load(to), turned[i]);
+        if (kLast) value = Wide::Mul(value, scale);
+        Wide::Store(to, value);
+      };
+      if (count == 8) {
+        VQONNX_UNROLL
+        for (std::size_t i = 0; i < 8; ++i) put(i);
+      } else {
+        for (std::size_t i = 0; i < count; ++i) put(i);
+      }
+    }
+  }
+}
+
+template <bool kFirst, bool kLast, class Code>
+void TurnWords(const Coded& m, const Code* codes, std::size_t stride, std::size_t stage, std::size_t group,
+               std::size_t cols, decltype(Wide::Set(0.0F)) scale, float* out) {
+  if (m.width == 8) return TurnWordsOf<kFirst, kLast, 8>(m, codes, stride, stage, group, cols, scale, out);
+  TurnWordsOf<kFirst, kLast, 0>(m, codes, stride, stage, group, cols, scale, out);
+}
+
+void UnpackAny(const std::uint8_t* packed, std::size_t bytes, std::size_t bits, std::size_t count, std::uint8_t* out) {
+  Unpack(packed, bytes, bits, count, out);
+}
+void UnpackAny(const std::uint8_t* packed, std::size_t bytes, std::size_t bits, std::size_t count, std::uint16_t* out) {
+  UnpackWide(packed, bytes, bits, count, out);
+}
+
+template <class Code>
+void DecodePanelCodes(const Coded& m, std::size_t row, std::size_t rows, std::size_t group, std::size_t cols,
+                      const float* scales, float* out) {
+  alignas(64) Code codes[Wide::kLanes * kChunk];
+  for (std::size_t first = 0; first < kTileLanes && first < rows; first += Wide::kLanes) {
+    float its_scales[Wide::kLanes];
+    for (std::size_t i = 0; i < Wide::kLanes; ++i) its_scales[i] = scales[first + i < rows ? first + i : rows - 1];
+    const auto scale = Wide::Load(its_scales);
+    for (std::size_t done = 0; done * m.width < cols; done += kChunk) {
+      const std::size_t left = cols - done * m.width;
+      const std::size_t now = left < kChunk * m.width ? left : kChunk * m.width;
+      const std::size_t byte = (group + done) * m.bits / 8;
+      for (std::size_t stage = 0; stage < m.stages; ++stage) {
+        const std::size_t first_row = stage * m.rows + row + first;
+        const Code* its_codes = codes;
+        std::size_t stride = kChunk;
+        if (sizeof(Code) == 1 && m.bits == 8 && first + Wide::kLanes <= rows) {  // as they are stored
+          its_codes = reinterpret_cast<const Code*>(m.codes + first_row * m.row_bytes + byte);
+          stride = m.row_bytes;
+        } else {
+          for (std::size_t i = 0; i < Wide::kLanes; ++i) {  // the last row stands in for those that are not there
+            const std::size_t its_row = first_row + (first + i < rows ? i : rows - 1 - first);
+            const std::uint8_t* packed = m.codes + its_row * m.row_bytes + byte;
+            UnpackAny(packed, m.row_bytes - byte, m.bits, (now - 1) / m.width + 1, codes + i * kChunk);
+          }
+        }
+        float* to = out + done * m.width * kTileLanes + first;
+        if (m.stages == 1) {
+          TurnWords<true, true>(m, its_codes, stride, stage, group + done, now, scale, to);
+        } else if (stage == 0) {
+          TurnWords<true, false>(m, its_codes, stride, stage, group + done, now, scale, to);
+        } else if (stage + 1 < m.stages) {
+          TurnWords<false, false>(m, its_codes, stride, stage, group + done, now, scale, to);
+        } else {
+          TurnWords<false, true>(m, its_codes, stride, stage, group + done, now, scale, to);
+        }
+      }
+    }
+  }
+}
+
+void DecodePanel(const Coded& m, std::size_t row, std::size_t rows, std::size_t group, std::size_t cols,
+                 const float* scales, float* out) {
+  if (m.bits > 8) return DecodePanelCodes<std::uint16_t>(m, row, rows, group, cols, scales, out);
+  DecodePanelCodes<std::uint8_t>(m, row, rows, group, cols, scales, out);
+}
+
 // One row of the output, with one scale and bias for all of it, or one for each value.
 template <bool kOne>
 void FinishRow(const Finish& f, const float* sums, std::size_t lanes, const float* scales, const float* bias,
@@ -104,18 +192,23 @@ void FinishColumns(const Finish& f) {
 }
 
 void FinishAcross(const Finish& f) {
-  constexpr std::size_t kRows = 2 * Wide::kLanes;  // a multiple of kTile
-  alignas(64) float turned[kTile * kRows];
-  for (std::size_t first = 0; first < f.count; first += kRows) {
-    const std::size_t count = f.count - first < kRows ? f.count - first : kRows;
-    for (std::size_t j = 0; j < f.lanes; j += kTile) {
-      for (std::size_t i = 0; i < count; i += kTile) {
-        TransposeTile(f.sums + (first + i) * f.pitch + j, f.pitch, turned + i, kRows);
-      }
-      const std::size_t end = f.lanes - j < kTile ? f.lanes - j : kTile;
-      for (std::size_t row = j; row < j + end; ++row) {
-        FinishRow<true>(f, turned + (row - j) * kRows, count, Behind(f.scales, row), f.bias + row,
-                        row * f.stride + first);
+  using V = decltype(Wide::Set(0.0F));
+  const V low = Wide::Set(f.low), high = Wide::Set(f.high);
+  for (std::size_t first = 0; first < f.count; first += Wide::kLanes) {
+    const std::size_t count = f.count - first < Wide::kLanes ? f.count - first : Wide::kLanes;
+    const float* rows[Wide::kLanes];  // the last one stands in for those that are not there
+    for (std::size_t i = 0; i < Wide::kLanes; ++i) rows[i] = f.sums + (first + (i < count ? i : count - 1)) * f.pitch;
+    for (std::size_t j = 0; j < f.lanes; j += 8) {
+      V turned[8];
+      LoadTurned([&](std::size_t i) { return rows[i] + j; }, turned);
+      const std::size_t end = f.lanes - j < 8 ? f.lanes - j : 8;
+      for (std::size_t i = 0; i < end; ++i) {
+        V value = turned[i];
+        const std::size_t at = (j + i) * f.stride + first;
+        if (f.scales != nullptr) value = Wide::Mul(value, Wide::Set(f.scales[j + i]));
+        value = Wide::Add(value, Wide::Set(f.bias[j + i]));
+        if (f.addend != nullptr) value = Wide::Add(value, Wide::LoadPart(f.addend + at, count));
+        Wide::StorePart(f.out + at, count, Wide::Min(high, Wide::Max(low, value)));
       }
     }
   }

@@ -66,6 +66,11 @@ void Weight::Row(const Source& source, size_t output, size_t col, size_t cols, f
 
 void Weight::Panel(const Source& source, size_t output, size_t rows, size_t col, size_t cols, float* room,
                    float* out) const {
+  if (by_output_ && coded_.width >= 4 && coded_.stages <= 8) {
+    Coded matrix = coded_;
+    matrix.codes = source.codes;
+    return kernels_->decode_panel(matrix, output, rows, col / coded_.width, cols, scales_.data() + output, out);
+  }
   const size_t lanes = kernels_->tile_lanes;
   const size_t piece = std::max<size_t>(1, 128 / step_) * step_;
   const size_t stride = piece + 16;  // not a power of two: the rows of a column do not share a cache set
