@@ -72,6 +72,7 @@ class Conv {
 
  private:
   struct Image;
+  struct Room;
   void Columns(const Grid& grid, std::int32_t* at) const;
   void RunWindows(const Call& call, const Image& image, const Tasks& tasks) const;
   void RunPositions(const Call& call, const Image& image, const Tasks& tasks) const;
@@ -80,12 +81,10 @@ class Conv {
   void RunExact(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
   void RunLookup(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
   void SumBand(const float* image, std::size_t image_rows, std::size_t image_cols, const Grid& grid,
-               std::size_t first_row, std::size_t band_rows, const Lookup::Room& room, float* turned, float* nowhere,
-               float* sums) const;
+               std::size_t first_row, std::size_t band_rows, const Room& room) const;
 
-  void AddPosition(const Lookup::Chunk& chunk, const Lookup::Class& tap_class, const float* x, const Grid& grid,
-                   std::size_t out_row, std::size_t out_col, std::size_t band_rows, const Lookup::Room& room,
-                   float* nowhere, float* sums) const;
+  void AddPosition(const Lookup::Chunk& chunk, const Lookup::Class& tap_class, std::size_t column, const Grid& grid,
+                   std::size_t out_row, std::size_t out_col, std::size_t band_rows, const Room& room) const;
 
   const Kernels* kernels_;
   Weight weight_;

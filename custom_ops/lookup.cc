@@ -11,6 +11,7 @@ namespace {
 using std::size_t;
 
 constexpr double kMostInt16 = 32767.0;
+constexpr float kMostRounded = 32766.9F;  // so that a product with a rounded quotient stays below
 // Dot products stay so far below 2^31 that rounding cannot carry them over it.
 constexpr double kMostProduct = 2147483648.0 - 8388608.0;
 // Magnitudes that squares and scales can represent.
@@ -68,7 +69,8 @@ void Lookup::PackCodebooks(const Weight& weight) {
   float most = 0.0F;
   for (size_t i = 0; i < count * m.words * width_; ++i) most = std::max(most, std::fabs(m.codebooks[i]));
   word_scale_ = kMostInt16 / static_cast<double>(most);
-  words_.assign(count, std::vector<std::int16_t>(even_width_ * kTableWords, 0));
+  words_.resize(count);
+  for (auto& book : words_) book.assign(even_width_ * kTableWords, 0);
   for (size_t book = 0; book < count; ++book) {
     for (size_t word = 0; word < m.words; ++word) {
       double square = 0.0;
@@ -81,6 +83,8 @@ void Lookup::PackCodebooks(const Weight& weight) {
       longest_word_ = std::max(longest_word_, std::sqrt(square));
     }
   }
+  most_length_ = static_cast<float>(kMostProduct / longest_word_ * 0.99999);
+  worth_ = static_cast<float>(65536.0 / word_scale_);
   for (size_t stage = 0; stage < stages_; ++stage) {
     for (size_t block = 0; block < tap_blocks_; ++block) {
       block_words_.push_back(words_[stage * books_ + block % books_].data());
@@ -152,36 +156,41 @@ Lookup::Chunk Lookup::At(size_t chunk) const {
           codes_.data() + stages_ * first * sets_.size() * kSetRows};
 }
 
-float Lookup::Build(const Chunk& chunk, const float* x, size_t inputs, const Room& room) const {
-  const size_t first = chunk.first_block * width_;
-  const size_t floats = std::min(chunk.blocks * width_, inputs - first);
+float Lookup::Round(const Chunk& chunk, const float* x, size_t inputs, std::int16_t* rounded) const {
+  const size_t floats = std::min(chunk.blocks * width_, inputs - chunk.first_block * width_);
+  float padded[kTableBlocks * (kTileDepth / kOctet + 1)];
   if (even_width_ != width_ || floats < chunk.blocks * width_) {
-    std::fill(room.x, room.x + chunk.blocks * even_width_, 0.0F);
+    std::fill(padded, padded + chunk.blocks * even_width_, 0.0F);
     for (size_t done = 0; done < floats; done += width_) {
-      std::memcpy(room.x + done / width_ * even_width_, x + done, std::min(width_, floats - done) * sizeof(float));
+      std::memcpy(padded + done / width_ * even_width_, x + done, std::min(width_, floats - done) * sizeof(float));
     }
-    x = room.x;
+    x = padded;
   }
   const Extent extent = kernels_->measure(x, chunk.blocks, even_width_);
-  const bool nothing = !(extent.most > kTiny);  // beside what else there is
-  const double longest = std::sqrt(static_cast<double>(extent.square));
-  const double scale =
-      nothing ? 0.0 : std::min(kMostInt16 / static_cast<double>(extent.most), kMostProduct / (longest_word_ * longest));
-  kernels_->quantise(x, chunk.blocks * even_width_, static_cast<float>(scale * 0.999999), room.ints);
+  if (!(extent.most > kTiny)) {  // nothing, beside what else there is
+    std::fill(rounded, rounded + chunk.blocks * even_width_, std::int16_t{0});
+    return 0.0F;
+  }
+  const float by_length = most_length_ / std::sqrt(extent.square), by_value = kMostRounded / extent.most;
+  const float scale = std::min(by_length, by_value);
+  kernels_->quantise(x, chunk.blocks * even_width_, scale, rounded);
+  return worth_ / scale;
+}
+
+void Lookup::Build(const Chunk& chunk, const std::int16_t* rounded, std::uint8_t* tables) const {
   for (size_t stage = 0; stage < stages_; ++stage) {
-    kernels_->build_tables({.x = room.ints,
+    kernels_->build_tables({.x = rounded,
                             .books = block_words_.data() + stage * tap_blocks_ + chunk.first_block,
                             .blocks = chunk.blocks,
                             .pairs = even_width_ / 2,
-                            .tables = room.tables + stage * chunk.blocks * kTableBytes});
+                            .tables = tables + stage * chunk.blocks * kTableBytes});
   }
-  return nothing ? 0.0F : static_cast<float>(65536.0 / (scale * 0.999999 * word_scale_));
 }
 
-void Lookup::Sum(const Chunk& chunk, const Tile& tile, const Room& room, float factor, float* const* sums,
+void Lookup::Sum(const Chunk& chunk, const Tile& tile, const std::uint8_t* tables, float factor, float* const* sums,
                  bool add) const {
   kernels_->sum_tables({.codes = chunk.codes + stages_ * chunk.blocks * tile.first_set * kSetRows,
-                        .tables = room.tables,
+                        .tables = tables,
                         .blocks = stages_ * chunk.blocks,
                         .sets = tile.sets,
                         .factor = factor,
@@ -207,13 +216,5 @@ bool Lookup::Pays(bool any_error, double positions, double taps) const {
   const double products = taps * blocks * static_cast<double>(width_ * outputs_);
   return positions * build + taps * sum < products / 29.0;
 }
-
-LookupScratch::LookupScratch(const Lookup& lookup, size_t floats)
-    : scratch(Use::kTask, Scratch::Room<float>(lookup.chunk_floats()) +
-                              Scratch::Room<std::int16_t>(lookup.chunk_floats() + 32) +
-                              Scratch::Room<std::uint8_t>(Lookup::TableBytes()) + Scratch::Room<float>(floats)),
-      room{scratch.Take<float>(lookup.chunk_floats()), scratch.Take<std::int16_t>(lookup.chunk_floats() + 32),
-           scratch.Take<std::uint8_t>(Lookup::TableBytes())},
-      sums(scratch.Take<float>(floats)) {}
 
 }  // namespace vqonnx

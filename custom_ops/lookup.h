@@ -39,18 +39,14 @@ class Lookup {
   std::size_t chunks() const { return (tap_blocks_ - 1) / chunk_blocks_ + 1; }
   Chunk At(std::size_t chunk) const;
 
-  // What making the tables of a chunk takes; one for each thread.
-  struct Room {
-    float* x;            // [blocks * even_width]
-    std::int16_t* ints;  // the same
-    std::uint8_t* tables;
-  };
   static std::size_t TableBytes() { return kTableBlocks * kTableBytes; }
-  std::size_t chunk_floats() const { return chunk_blocks_ * even_width_; }
+  std::size_t chunk_values() const { return chunk_blocks_ * even_width_; }
 
-  // Tables for inputs [first_block * width, ..) of a chunk, `x` being the first of them. `inputs` is how many there are
-  // in all. Returns what a unit of their sums is worth.
-  float Build(const Chunk& chunk, const float* x, std::size_t inputs, const Room& room) const;
+  // Rounds the inputs [first_block * width, ..) of a chunk, `x` being the first of them and `inputs` how many there are
+  // in all, to chunk_values() integers. Returns what a unit of the tables is worth.
+  float Round(const Chunk& chunk, const float* x, std::size_t inputs, std::int16_t* rounded) const;
+
+  void Build(const Chunk& chunk, const std::int16_t* rounded, std::uint8_t* tables) const;
 
   // For each set of a tile kSetRows sums, added to what is there if `add`.
   struct Tile {
@@ -59,7 +55,8 @@ class Lookup {
   struct Class {
     std::size_t first_tile, tiles;
   };
-  void Sum(const Chunk& chunk, const Tile& tile, const Room& room, float factor, float* const* sums, bool add) const;
+  void Sum(const Chunk& chunk, const Tile& tile, const std::uint8_t* tables, float factor, float* const* sums,
+           bool add) const;
 
   const std::vector<Tile>& tiles() const { return tiles_; }
   const Class& tap_class(std::size_t index) const { return classes_[index]; }
@@ -91,20 +88,14 @@ class Lookup {
   std::vector<Set> sets_;
   std::vector<Tile> tiles_;
   std::vector<Class> classes_;
-  std::vector<std::uint8_t> codes_;               // and 8 KB that may be fetched early
-  std::vector<std::vector<std::int16_t>> words_;  // [stages * books]
-  std::vector<const std::int16_t*> block_words_;  // [stages][tap_blocks]
+  std::vector<std::uint8_t, OnLine<std::uint8_t>> codes_;               // and 8 KB that may be fetched early
+  std::vector<std::vector<std::int16_t, OnLine<std::int16_t>>> words_;  // [stages * books]
+  std::vector<const std::int16_t*> block_words_;                        // [stages][tap_blocks]
   const float* scales_;
-  double word_scale_ = 1.0, longest_word_ = 0.0;  // in units of the rounded words
+  double word_scale_ = 1.0, longest_word_ = 0.0;  // what words are rounded with, and their greatest length then
+  float most_length_ = 0.0F;                      // that a rounded block of inputs may have
+  float worth_ = 0.0F;                            // of a unit of a table, were the inputs not scaled
   double error_ = 0.0;
-};
-
-// What a task needs for lookups, and `floats` more.
-struct LookupScratch {
-  LookupScratch(const Lookup& lookup, std::size_t floats);
-  Scratch scratch;
-  Lookup::Room room;
-  float* sums;
 };
 
 }  // namespace vqonnx

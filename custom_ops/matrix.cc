@@ -18,13 +18,28 @@ constexpr size_t kPieceOutputs = 1024;
 
 size_t Ceil(size_t a, size_t b) { return (a + b - 1) / b; }
 
-void SumRow(const Lookup& lookup, const Lookup::Chunk& chunk, const float* x, size_t inputs, const Lookup::Room& room,
+// What a task needs for lookups, and `floats` more.
+struct Room {
+  Room(const Lookup& lookup, size_t floats)
+      : scratch(Use::kTask, Scratch::Room<std::uint8_t>(Lookup::TableBytes()) +
+                                Scratch::Room<std::int16_t>(lookup.chunk_values()) + Scratch::Room<float>(floats)),
+        tables(scratch.Take<std::uint8_t>(Lookup::TableBytes())),
+        rounded(scratch.Take<std::int16_t>(lookup.chunk_values())),
+        sums(scratch.Take<float>(floats)) {}
+  Scratch scratch;
+  std::uint8_t* tables;
+  std::int16_t* rounded;
+  float* sums;
+};
+
+void SumRow(const Lookup& lookup, const Lookup::Chunk& chunk, const float* x, size_t inputs, const Room& room,
             float* sums, bool add) {
-  const float factor = lookup.Build(chunk, x + chunk.first_block * lookup.width(), inputs, room);
+  const float factor = lookup.Round(chunk, x + chunk.first_block * lookup.width(), inputs, room.rounded);
+  lookup.Build(chunk, room.rounded, room.tables);
   for (const Lookup::Tile& tile : lookup.tiles()) {
     float* its_sums[kMostSets];
     for (size_t i = 0; i < tile.sets; ++i) its_sums[i] = sums + lookup.sets()[tile.first_set + i].output;
-    lookup.Sum(chunk, tile, room, factor, its_sums, add);
+    lookup.Sum(chunk, tile, room.tables, factor, its_sums, add);
   }
 }
 
@@ -69,13 +84,12 @@ void Matrix::RunFewRows(const Call& call, size_t rows, const Tasks& tasks) const
   Scratch scratch(Use::kRun, Scratch::Room<float>(parts * rows * padded));
   auto* sums = scratch.Take<float>(parts * rows * padded);
   tasks.Each(parts, [&](size_t part) {
-    const LookupScratch own(lookup, 0);
+    const Room own(lookup, 0);
     const size_t begin = lookup.chunks() * part / parts, end = lookup.chunks() * (part + 1) / parts;
     for (size_t index = begin; index < end; ++index) {
       const Lookup::Chunk chunk = lookup.At(index);
       for (size_t row = 0; row < rows; ++row) {
-        SumRow(lookup, chunk, call.x + row * depth, depth, own.room, sums + (part * rows + row) * padded,
-               index > begin);
+        SumRow(lookup, chunk, call.x + row * depth, depth, own, sums + (part * rows + row) * padded, index > begin);
       }
     }
   });
@@ -95,11 +109,11 @@ void Matrix::RunManyRows(const Call& call, size_t rows, const Tasks& tasks) cons
   const size_t depth = weight_.depth(), padded = lookup.padded_outputs();
   tasks.Each(Ceil(rows, kPieceRows), [&](size_t piece) {
     const size_t first = piece * kPieceRows, count = std::min(kPieceRows, rows - first);
-    LookupScratch own(lookup, count * padded);
+    const Room own(lookup, count * padded);
     for (size_t index = 0; index < lookup.chunks(); ++index) {
       const Lookup::Chunk chunk = lookup.At(index);
       for (size_t row = 0; row < count; ++row) {
-        SumRow(lookup, chunk, call.x + (first + row) * depth, depth, own.room, own.sums + row * padded, index > 0);
+        SumRow(lookup, chunk, call.x + (first + row) * depth, depth, own, own.sums + row * padded, index > 0);
       }
     }
     for (size_t row = 0; row < count; ++row) {

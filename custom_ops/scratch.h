@@ -4,8 +4,21 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <new>
 
 namespace vqonnx {
+
+// An allocator for vectors whose data starts on a cache line.
+template <class T>
+struct OnLine {
+  using value_type = T;
+  OnLine() = default;
+  template <class U>
+  OnLine(const OnLine<U>&) {}
+  T* allocate(std::size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64})); }
+  void deallocate(T* data, std::size_t) { ::operator delete(data, std::align_val_t{64}); }
+  bool operator==(const OnLine&) const { return true; }
+};
 
 // Room that the thread keeps, apart from requests so large that they are given back. Aligned to 64 bytes, never set.
 // At most one of each `kUse` may live at a time in one thread.

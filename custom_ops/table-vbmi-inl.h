@@ -16,11 +16,11 @@ inline __m512 SumOfGroup(__m512 a) {
 }
 
 inline float MaxLane(__m512 a) {
-  alignas(64) float lanes[16];
-  _mm512_store_ps(lanes, a);
-  float most = 0.0F;
-  for (std::size_t i = 0; i < 16; ++i) most = lanes[i] > most ? lanes[i] : most;
-  return most;
+  a = Wide::Max(a, _mm512_maskz_shuffle_f32x4(0xFFFF, a, a, 0x4E));
+  a = Wide::Max(a, _mm512_maskz_shuffle_f32x4(0xFFFF, a, a, 0xB1));
+  a = Wide::Max(a, _mm512_maskz_permute_ps(0xFFFF, a, 0x4E));
+  a = Wide::Max(a, _mm512_maskz_permute_ps(0xFFFF, a, 0xB1));
+  return _mm512_cvtss_f32(a);
 }
 
 template <std::size_t kWidth>
@@ -84,15 +84,21 @@ VQONNX_INLINE void AddProducts(__m512i& sum, __m512i value, const std::int16_t* 
 #endif
 }
 
+// From two registers of 32-bit sums, the third byte of each and then the fourth.
+struct ByteOrder {
+  constexpr ByteOrder() : bytes{} {
+    for (std::size_t i = 0; i < 32; ++i) {
+      bytes[i] = static_cast<std::uint8_t>(4 * i + 2);
+      bytes[32 + i] = static_cast<std::uint8_t>(4 * i + 3);
+    }
+  }
+  std::uint8_t bytes[64];
+};
+alignas(64) constexpr ByteOrder kThirdThenFourth;
+
 // Per block 16 multiplications a pair, and 40 instructions to sort the bytes: about 45 cycles for a width of 8.
 void BuildTable(const BuildTables& b) {
-  // From two registers of 32-bit sums, the third byte of each and then the fourth.
-  alignas(64) std::uint8_t order[64];
-  for (std::size_t i = 0; i < 32; ++i) {
-    order[i] = static_cast<std::uint8_t>(4 * i + 2);
-    order[32 + i] = static_cast<std::uint8_t>(4 * i + 3);
-  }
-  const __m512i bytes = LoadBytes(order);
+  const __m512i bytes = LoadBytes(kThirdThenFourth.bytes);
   const __m512i start = _mm512_set1_epi32(static_cast<int>(0x80008000U));
   for (std::size_t block = 0; block < b.blocks; ++block) {
     const std::int16_t* x = b.x + block * b.pairs * 2;
