@@ -13,6 +13,7 @@ struct Narrow {
   static __m128 Add(__m128 a, __m128 b) { return _mm_add_ps(a, b); }
   static __m128 Mul(__m128 a, __m128 b) { return _mm_mul_ps(a, b); }
   static __m128 Set(float a) { return _mm_set1_ps(a); }
+  static __m128 MulAdd(__m128 a, __m128 b, __m128 c) { return _mm_fmadd_ps(a, b, c); }
 };
 
 struct Wide {
@@ -95,9 +96,7 @@ struct WordTable {
 }  // namespace
 }  // namespace vqonnx
 
-#include "kernels-inl.h"
-#include "tile-inl.h"
-
+#include "algorithms-inl.h"
 namespace vqonnx {
 
 const Kernels kAvx2 = {.name = "avx2",
@@ -106,6 +105,7 @@ const Kernels kAvx2 = {.name = "avx2",
                        .decode_row = DecodeRow,
                        .transpose = Transpose,
                        .decode_panel = DecodePanel,
+                       .dot = DotProducts,
                        .tile_lanes = kTileLanes,
                        .tile_count = kTileCount,
                        .tile_windows = TileWindows,

@@ -14,6 +14,7 @@ struct Narrow {
   static __m128 Add(__m128 a, __m128 b) { return _mm_add_ps(a, b); }
   static __m128 Mul(__m128 a, __m128 b) { return _mm_mul_ps(a, b); }
   static __m128 Set(float a) { return _mm_set1_ps(a); }
+  static __m128 MulAdd(__m128 a, __m128 b, __m128 c) { return _mm_fmadd_ps(a, b, c); }
 };
 
 struct Middle {
@@ -23,6 +24,7 @@ struct Middle {
   static __m256 Add(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
   static __m256 Mul(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
   static __m256 Set(float a) { return _mm256_set1_ps(a); }
+  static __m256 MulAdd(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 };
 
 struct Wide {
@@ -100,5 +102,4 @@ struct WordTable {
 }  // namespace
 }  // namespace vqonnx
 
-#include "kernels-inl.h"
-#include "tile-inl.h"
+#include "algorithms-inl.h"

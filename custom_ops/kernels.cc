@@ -64,10 +64,8 @@ struct WordTable {
 }  // namespace
 }  // namespace vqonnx
 
-#include "kernels-inl.h"
+#include "algorithms-inl.h"
 #include "table-portable-inl.h"
-#include "tile-inl.h"
-
 namespace vqonnx {
 namespace {
 
@@ -155,6 +153,7 @@ const Kernels kPortable = {.name = "portable",
                            .decode_row = CheckedDecodeRow,
                            .transpose = Transpose,
                            .decode_panel = DecodePanel,
+                           .dot = DotProducts,
                            .tile_lanes = kTileLanes,
                            .tile_count = kTileCount,
                            .tile_windows = TileWindows,

@@ -105,6 +105,18 @@ struct Extent {
   bool finite;
 };
 
+// Products of up to kMostDots vectors with some rows of a matrix, without its scales.
+constexpr std::size_t kMostDots = 4;
+struct Dot {
+  const Coded& matrix;    // kOctet words of it have at most kTileDepth values
+  std::size_t row, rows;  // those that are wanted
+  std::size_t cols;       // all of them
+  const float* x;         // [batch] rows, x_stride apart
+  std::size_t x_stride, batch;
+  float* out;  // out[b * out_stride + i] for row `row + i`
+  std::size_t out_stride;
+};
+
 struct Kernels {
   const char* name;
 
@@ -129,6 +141,8 @@ struct Kernels {
   // for each; unspecified beyond `rows`. At most 8 stages.
   void (*decode_panel)(const Coded& matrix, std::size_t row, std::size_t rows, std::size_t group, std::size_t cols,
                        const float* scales, float* out);
+
+  void (*dot)(const Dot& dot);
 
   // A tile of sums. In `windows` the vectors are outputs and lie one after the other; the scalars are positions:
   //   sums[i][j] (+)= vectors[k * tile_lanes + j] * scalars[at[k] + i]

@@ -15,6 +15,7 @@ constexpr size_t kFewRows = 8;    // that share each chunk of codes while it is 
 constexpr size_t kParts = 8;      // of the inputs, then: a fixed number, so that sums never depend on threads
 constexpr size_t kPieceRows = 4;  // otherwise
 constexpr size_t kPieceOutputs = 1024;
+constexpr size_t kDotOutputs = 64;
 
 size_t Ceil(size_t a, size_t b) { return (a + b - 1) / b; }
 
@@ -122,11 +123,32 @@ void Matrix::RunManyRows(const Call& call, size_t rows, const Tasks& tasks) cons
   });
 }
 
+// Words are multiplied where they stand.
+void Matrix::RunDots(const Call& call, size_t rows, const Tasks& tasks) const {
+  Coded matrix = weight_.coded();
+  matrix.codes = call.codes;
+  tasks.Each(Ceil(outputs(), kDotOutputs), [&](size_t task) {
+    const size_t first = task * kDotOutputs, count = std::min(kDotOutputs, outputs() - first);
+    alignas(64) float sums[kMostDots * kDotOutputs];
+    kernels_->dot({.matrix = matrix,
+                   .row = first,
+                   .rows = count,
+                   .cols = weight_.depth(),
+                   .x = call.x,
+                   .x_stride = weight_.depth(),
+                   .batch = rows,
+                   .out = sums,
+                   .out_stride = kDotOutputs});
+    for (size_t row = 0; row < rows; ++row) FinishRow(call, row, first, count, sums + row * kDotOutputs);
+  });
+}
+
 void Matrix::RunExact(const Call& call, size_t rows, const Tasks& tasks) const {
+  if (rows == 0) return;
+  if (rows <= kMostDots && weight_.by_output()) return RunDots(call, rows, tasks);
   const size_t lanes = kernels_->tile_lanes, count = kernels_->tile_count;
   const size_t depth = weight_.depth(), outputs = weight_.outputs();
   const size_t tiles = Ceil(rows, count), panels = Ceil(outputs, lanes);
-  if (rows == 0) return;
   // x as tiles of columns of `count` neighbouring values; rows beyond the last hold anything.
   Scratch scratch(Use::kRun, Scratch::Room<float>(weight_.dense_size()) + Scratch::Room<float>(tiles * count * depth) +
                                  Scratch::Room<std::int32_t>(kTileDepth));
