@@ -123,9 +123,10 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
   const size_t images = static_cast<size_t>(shape[0]), channels = groups_ * channels_;
   const size_t image_rows = shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1;
   const size_t image_cols = static_cast<size_t>(shape.back());
+  const bool depthwise = weight_.outputs() == groups_;
   const bool positions = PrefersPositions(grid);
   const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
-  const bool direct = grid.direct() && (!positions || span >= kernels_->tile_lanes);
+  const bool direct = depthwise || (grid.direct() && (!positions || span >= kernels_->tile_lanes));
   const size_t laid = direct ? 0 : channels * grid.plane + kernels_->tile_lanes;
   Scratch scratch(Use::kRun, Scratch::Room<float>(weight_.dense_size()) + Scratch::Room<float>(laid) +
                                  Scratch::Room<std::int32_t>(weight_.depth()));
@@ -134,6 +135,7 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
   auto* at = scratch.Take<std::int32_t>(weight_.depth());
   if (images > 0 && weight_.dense_size() > 0) weight_.Expand(call.codes, tasks, dense);
   Columns(grid, at);
+  if (depthwise) return RunDepthwise(call, shape, grid, dense, at, tasks);
   for (size_t n = 0; n < images; ++n) {
     const float* x = call.x + n * channels * image_rows * image_cols;
     if (!direct) {
@@ -152,6 +154,60 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
       RunWindows(call, image, tasks);
     }
   }
+}
+
+// One output a group: all that one takes is near, so each channel is laid out next to its products.
+void Conv::RunDepthwise(const Call& call, std::span<const std::int64_t> shape, const Grid& grid, const float* dense,
+                        const std::int32_t* at, const Tasks& tasks) const {
+  const size_t lanes = kernels_->single_lanes, depth = weight_.depth();
+  const size_t image_plane =
+      static_cast<size_t>(shape.back()) * (shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1);
+  const size_t outputs = weight_.outputs(), out_plane = grid.out_rows * grid.out_cols;
+  const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols, tiles = Ceil(span, lanes);
+  const size_t piece = kTileDepth / weight_.step() * weight_.step();
+  const size_t channels = static_cast<size_t>(shape[0]) * outputs;
+  const size_t parts = std::min(channels, Ceil(channels * (span + 256), 32768));
+  const size_t planes = channels_ * grid.plane + lanes;  // the last tile may read on
+  tasks.Each(parts, [&](size_t index) {
+    Scratch scratch(Use::kTask, Scratch::Room<float>(planes) + Scratch::Room<float>(kTilePitch) +
+                                    Scratch::Room<float>(tiles * lanes) + Scratch::Room<float>(grid.out_rows));
+    auto* laid = scratch.Take<float>(planes);
+    auto* scalars = scratch.Take<float>(kTilePitch);
+    auto* sums = scratch.Take<float>(tiles * lanes);
+    auto* bias = scratch.Take<float>(grid.out_rows);
+    const Part part = PartOf(channels, parts, index);
+    for (size_t n = part.begin; n < part.begin + part.size; ++n) {
+      const size_t output = n % outputs;
+      for (size_t c = 0; c < channels_; ++c) {
+        grid.Lay(call.x + (n * channels_ + c) * image_plane, laid + c * grid.plane);
+      }
+      for (size_t col = 0; col < depth; col += piece) {
+        const size_t cols = std::min(piece, depth - col);
+        weight_.Row({call.codes, dense}, output, col, cols, scalars);
+        for (size_t t = 0; t < tiles; ++t) {
+          kernels_->tile_single({.vectors = laid + t * lanes,
+                                 .scalars = scalars,
+                                 .at = at + col,
+                                 .depth = cols,
+                                 .count = 1,
+                                 .sums = sums + t * lanes,
+                                 .add = col > 0});
+        }
+      }
+      std::fill(bias, bias + grid.out_rows, call.bias[output]);
+      kernels_->finish_rows({.sums = sums,
+                             .pitch = grid.cols,
+                             .count = grid.out_rows,
+                             .lanes = grid.out_cols,
+                             .out = call.out + n * out_plane,
+                             .addend = call.addend == nullptr ? nullptr : call.addend + n * out_plane,
+                             .stride = grid.out_cols,
+                             .scales = nullptr,
+                             .bias = bias,
+                             .low = call.low,
+                             .high = call.high});
+    }
+  });
 }
 
 // Which of the two needs fewer steps: a step multiplies all lanes of a tile's row, used or not.

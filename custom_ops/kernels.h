@@ -151,6 +151,9 @@ struct Kernels {
   std::size_t tile_lanes, tile_count;
   void (*tile_windows)(const Tile& tile);
   void (*tile_positions)(const Tile& tile);
+  // The same as `positions` for one row of single_lanes sums.
+  std::size_t single_lanes;
+  void (*tile_single)(const Tile& tile);
 
   // Out comes [i][j] with a bias for each i (`rows`) or each j (`columns`), or [j][i] with a bias for each j (`across`,
   // which may read rows of `sums` up to the next multiple of 8).

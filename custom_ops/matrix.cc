@@ -146,9 +146,9 @@ void Matrix::RunDots(const Call& call, size_t rows, const Tasks& tasks) const {
 void Matrix::RunExact(const Call& call, size_t rows, const Tasks& tasks) const {
   if (rows == 0) return;
   if (rows <= kMostDots && weight_.by_output()) return RunDots(call, rows, tasks);
-  const size_t lanes = kernels_->tile_lanes, count = kernels_->tile_count;
+  const size_t lanes = kernels_->tile_lanes;
   const size_t depth = weight_.depth(), outputs = weight_.outputs();
-  const size_t tiles = Ceil(rows, count), panels = Ceil(outputs, lanes);
+  const size_t tiles = Ceil(rows, kernels_->tile_count), count = Ceil(rows, tiles), panels = Ceil(outputs, lanes);
   // x as tiles of columns of `count` neighbouring values; rows beyond the last hold anything.
   Scratch scratch(Use::kRun, Scratch::Room<float>(weight_.dense_size()) + Scratch::Room<float>(tiles * count * depth) +
                                  Scratch::Room<std::int32_t>(kTileDepth));
