@@ -48,7 +48,8 @@ void Conv::PlanLookup(const std::uint8_t* codes, Precision precision) {
     }
   }
   lookup_.emplace(weight_, codes, tap_class, *kernels_);
-  if (!lookup_->Pays(precision == Precision::kFast, static_cast<double>(tap_remainders_.size()),
+  if (precision != Precision::kTables &&
+      !lookup_->Pays(precision == Precision::kFast, static_cast<double>(tap_remainders_.size()),
                      static_cast<double>(taps))) {
     lookup_.reset();
     return;

@@ -20,17 +20,18 @@ namespace vqonnx {
 
 // What one run is given. Sizes have been checked by OutputShape.
 struct Call {
-  const float* x;
-  const std::uint8_t* codes;
-  const float* bias;    // one an output
-  const float* addend;  // like the output, or null
+  const float* x = nullptr;
+  const std::uint8_t* codes = nullptr;
+  const float* bias = nullptr;    // one an output
+  const float* addend = nullptr;  // like the output, or null
   float low = -std::numeric_limits<float>::infinity();
   float high = std::numeric_limits<float>::infinity();
-  float* out;
+  float* out = nullptr;
 };
 
-// What a layer may do to be fast: kFast allows tables of 16 bits, kAuto only where their error is small.
-enum class Precision { kAuto, kExact, kFast };
+// What a layer may do to be fast: kFast allows tables of 16 bits, kAuto only where their error is small; kTables takes
+// them wherever there can be some, for checks.
+enum class Precision { kAuto, kExact, kFast, kTables };
 
 // y[n, o] = sum over k of x[n, k] * weight[o, k]
 class Matrix {

@@ -16,6 +16,8 @@ constexpr float kMostRounded = 32766.9F;  // so that a product with a rounded qu
 constexpr double kMostProduct = 2147483648.0 - 8388608.0;
 // Magnitudes that squares and scales can represent.
 constexpr float kHuge = 1e18F, kTiny = 1e-25F;
+// Inputs that share a scale, and so feel the largest of them.
+constexpr size_t kChunkInputs = 512;
 constexpr size_t kFetchedEarly = 16384;
 
 size_t Ceil(size_t a, size_t b) { return (a + b - 1) / b; }
@@ -43,7 +45,7 @@ Lookup::Lookup(const Weight& weight, const std::uint8_t* codes, std::vector<size
       outputs_(weight.outputs()),
       padded_outputs_(Ceil(outputs_, kSetRows) * kSetRows),
       tap_blocks_(Ceil(weight.depth() / tap_class.size(), width_)),
-      chunk_blocks_(std::min(tap_blocks_, kTableBlocks / stages_)),
+      chunk_blocks_(std::min({tap_blocks_, kTableBlocks / stages_, std::max<size_t>(1, kChunkInputs / width_)})),
       scales_(weight.scales().data()) {
   const size_t class_count = *std::max_element(tap_class.begin(), tap_class.end()) + 1;
   for (size_t index = 0; index < class_count; ++index) {

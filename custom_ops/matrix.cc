@@ -52,6 +52,7 @@ Matrix::Matrix(const Inputs& inputs, std::span<const std::int64_t> perm, bool tr
   if (weight_.shape().size() != 2) throw Invalid("the weight is " + Text(weight_.shape()) + "; it must have 2 axes");
   if (precision == Precision::kExact || !Lookup::Possible(weight_, 1, kernels)) return;
   lookup_.emplace(weight_, static_cast<const std::uint8_t*>(inputs.codes.data), std::vector<size_t>{0}, kernels);
+  if (precision == Precision::kTables) return;
   if (!lookup_->Pays(precision == Precision::kFast, 1.0, 1.0)) lookup_.reset();
 }
 
