@@ -141,6 +141,8 @@ const Entry kEntries[] = {
     {&kAvx2, HasAvx2},
     {&kAvx512, HasAvx512},
     {&kAvx512Vbmi, HasVbmi},
+#elif defined(VQONNX_ARM)
+    {&kNeon, Always},
 #endif
 };
 static_assert(sizeof(kEntries) / sizeof(kEntries[0]) <= kMaxTables);

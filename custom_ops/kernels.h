@@ -180,6 +180,8 @@ extern const Kernels kPortable;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Vbmi;
+#elif defined(VQONNX_ARM)
+extern const Kernels kNeon;
 #endif
 
 // The tables that this processor can run, slowest first. Returns how many; `tables` has room for kMaxTables.
