@@ -101,5 +101,3 @@ struct WordTable {
 
 }  // namespace
 }  // namespace vqonnx
-
-#include "algorithms-inl.h"

@@ -3,6 +3,16 @@
 #include "avx512-inl.h"
 
 namespace vqonnx {
+namespace {
+
+bool DecodeScalarCodes(const Coded&, std::size_t, std::size_t, std::size_t, float, float*) { return false; }
+
+}  // namespace
+}  // namespace vqonnx
+
+#include "algorithms-inl.h"
+
+namespace vqonnx {
 
 const Kernels kAvx512 = {.name = "avx512",
                          .unpack = Unpack,

@@ -124,6 +124,9 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
   const size_t image_rows = shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1;
   const size_t image_cols = static_cast<size_t>(shape.back());
   const bool depthwise = weight_.outputs() == groups_;
+  if (groups_ == 1 && image_rows * image_cols == 1 && grid.direct() && weight_.by_output()) {
+    return RunOnePosition(call, images, tasks);
+  }
   const bool positions = PrefersPositions(grid);
   const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
   const bool direct = depthwise || (grid.direct() && (!positions || span >= kernels_->tile_lanes));
@@ -154,6 +157,41 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
       RunWindows(call, image, tasks);
     }
   }
+}
+
+// An image of one value a channel: a product with a matrix.
+void Conv::RunOnePosition(const Call& call, size_t images, const Tasks& tasks) const {
+  constexpr size_t kOutputs = 64;
+  const size_t outputs = weight_.outputs(), depth = weight_.depth();
+  Coded matrix = weight_.coded();
+  matrix.codes = call.codes;
+  const size_t batches = Ceil(images, kMostDots);
+  tasks.Each(Ceil(outputs, kOutputs) * batches, [&](size_t task) {
+    const size_t first = task / batches * kOutputs, count = std::min(kOutputs, outputs - first);
+    const size_t image = task % batches * kMostDots, batch = std::min(kMostDots, images - image);
+    alignas(64) float sums[kMostDots * kOutputs];
+    kernels_->dot({.matrix = matrix,
+                   .row = first,
+                   .rows = count,
+                   .cols = depth,
+                   .x = call.x + image * depth,
+                   .x_stride = depth,
+                   .batch = batch,
+                   .out = sums,
+                   .out_stride = kOutputs});
+    const size_t place = image * outputs + first;
+    kernels_->finish_columns({.sums = sums,
+                              .pitch = kOutputs,
+                              .count = batch,
+                              .lanes = count,
+                              .out = call.out + place,
+                              .addend = call.addend == nullptr ? nullptr : call.addend + place,
+                              .stride = outputs,
+                              .scales = weight_.scales().data() + first,
+                              .bias = call.bias + first,
+                              .low = call.low,
+                              .high = call.high});
+  });
 }
 
 // One output a group: all that one takes is near, so each channel is laid out next to its products.

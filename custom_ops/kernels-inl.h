@@ -5,6 +5,7 @@
 //   LoadEight(p)               eight bytes, the first one lowest
 //   UnpackOctet(w, bits, out)  the eight codes in the low 8 * bits bits of `w`
 //   WordTable                  the first `kWords` floats of a codebook; At(codes) looks up Wide::kLanes codes at once
+//   DecodeScalarCodes(...)     whether it has done the work of DecodeRow, where the form allows something better
 //   LoadTurned(row, out)       out[j] has, of each i < Wide::kLanes, value j < 8 of row(i)
 //
 // No include guard and no standard library on purpose: see STYLE.md, section 5.
@@ -205,6 +206,7 @@ void DecodeCodes(const Coded& m, std::size_t row, std::size_t group, std::size_t
 }
 
 void DecodeRow(const Coded& m, std::size_t row, std::size_t group, std::size_t cols, float scale, float* out) {
+  if (DecodeScalarCodes(m, row, group, cols, scale, out)) return;
   if (m.stages > kMaxStages) return DecodeManyStages(m, row, group, cols, scale, out);
   if (m.bits > 8) return DecodeCodes<std::uint16_t>(m, row, group, cols, scale, out);
   DecodeCodes<std::uint8_t>(m, row, group, cols, scale, out);

@@ -61,6 +61,8 @@ struct WordTable {
   const float* words_;
 };
 
+bool DecodeScalarCodes(const Coded&, std::size_t, std::size_t, std::size_t, float, float*) { return false; }
+
 }  // namespace
 }  // namespace vqonnx
 

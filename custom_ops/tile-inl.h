@@ -158,42 +158,48 @@ void DecodePanel(const Coded& m, std::size_t row, std::size_t rows, std::size_t 
 }
 
 // One row of the output, with one scale and bias for all of it, or one for each value.
-template <bool kOne>
-void FinishRow(const Finish& f, const float* sums, std::size_t lanes, const float* scales, const float* bias,
-               std::size_t at) {
-  const auto low = Wide::Set(f.low), high = Wide::Set(f.high);
-  const auto one_scale = Wide::Set(kOne && scales != nullptr ? *scales : 1.0F),
-             one_bias = Wide::Set(kOne ? *bias : 0.0F);
+template <bool kOne, bool kScaled, bool kAdds>
+VQONNX_INLINE void FinishRow(const Finish& f, const float* sums, const float* scales, const float* bias,
+                             std::size_t at) {
+  using V = decltype(Wide::Set(0.0F));
+  const V low = Wide::Set(f.low), high = Wide::Set(f.high);
+  const V one_scale = Wide::Set(kOne && kScaled ? *scales : 1.0F), one_bias = Wide::Set(kOne ? *bias : 0.0F);
+  float* out = f.out + at;
   std::size_t j = 0;
-  for (; j + Wide::kLanes <= lanes; j += Wide::kLanes) {
-    auto value = Wide::Load(sums + j);
-    if (scales != nullptr) value = Wide::Mul(value, kOne ? one_scale : Wide::Load(scales + j));
+  for (; j + Wide::kLanes <= f.lanes; j += Wide::kLanes) {
+    V value = Wide::Load(sums + j);
+    if (kScaled) value = Wide::Mul(value, kOne ? one_scale : Wide::Load(scales + j));
     value = Wide::Add(value, kOne ? one_bias : Wide::Load(bias + j));
-    if (f.addend != nullptr) value = Wide::Add(value, Wide::Load(f.addend + at + j));
-    Wide::Store(f.out + at + j, Wide::Min(high, Wide::Max(low, value)));
+    if (kAdds) value = Wide::Add(value, Wide::Load(f.addend + at + j));
+    Wide::Store(out + j, Wide::Min(high, Wide::Max(low, value)));
   }
-  if (j == lanes) return;
-  const std::size_t rest = lanes - j;
-  auto value = Wide::LoadPart(sums + j, rest);
-  if (scales != nullptr) value = Wide::Mul(value, kOne ? one_scale : Wide::LoadPart(scales + j, rest));
+  if (j == f.lanes) return;
+  const std::size_t rest = f.lanes - j;
+  V value = Wide::LoadPart(sums + j, rest);
+  if (kScaled) value = Wide::Mul(value, kOne ? one_scale : Wide::LoadPart(scales + j, rest));
   value = Wide::Add(value, kOne ? one_bias : Wide::LoadPart(bias + j, rest));
-  if (f.addend != nullptr) value = Wide::Add(value, Wide::LoadPart(f.addend + at + j, rest));
-  Wide::StorePart(f.out + at + j, rest, Wide::Min(high, Wide::Max(low, value)));
+  if (kAdds) value = Wide::Add(value, Wide::LoadPart(f.addend + at + j, rest));
+  Wide::StorePart(out + j, rest, Wide::Min(high, Wide::Max(low, value)));
 }
 
-inline const float* Behind(const float* values, std::size_t i) { return values == nullptr ? nullptr : values + i; }
-
-void FinishRows(const Finish& f) {
+template <bool kOne, bool kScaled, bool kAdds>
+void FinishEach(const Finish& f) {
   for (std::size_t i = 0; i < f.count; ++i) {
-    FinishRow<true>(f, f.sums + i * f.pitch, f.lanes, Behind(f.scales, i), f.bias + i, i * f.stride);
+    const std::size_t own = kOne ? i : 0;
+    FinishRow<kOne, kScaled, kAdds>(f, f.sums + i * f.pitch, kScaled ? f.scales + own : nullptr, f.bias + own,
+                                    i * f.stride);
   }
 }
 
-void FinishColumns(const Finish& f) {
-  for (std::size_t i = 0; i < f.count; ++i) {
-    FinishRow<false>(f, f.sums + i * f.pitch, f.lanes, f.scales, f.bias, i * f.stride);
-  }
+template <bool kOne>
+void FinishAny(const Finish& f) {
+  if (f.scales != nullptr)
+    return f.addend != nullptr ? FinishEach<kOne, true, true>(f) : FinishEach<kOne, true, false>(f);
+  f.addend != nullptr ? FinishEach<kOne, false, true>(f) : FinishEach<kOne, false, false>(f);
 }
+
+void FinishRows(const Finish& f) { FinishAny<true>(f); }
+void FinishColumns(const Finish& f) { FinishAny<false>(f); }
 
 void FinishAcross(const Finish& f) {
   using V = decltype(Wide::Set(0.0F));
