@@ -158,23 +158,24 @@ void DecodePanel(const Coded& m, std::size_t row, std::size_t rows, std::size_t 
 }
 
 // One row of the output, with one scale and bias for all of it, or one for each value.
+// `lanes` is f.lanes, as a constant where it is the usual one.
 template <bool kOne, bool kScaled, bool kAdds>
-VQONNX_INLINE void FinishRow(const Finish& f, const float* sums, const float* scales, const float* bias,
-                             std::size_t at) {
+VQONNX_INLINE void FinishRow(const Finish& f, std::size_t lanes, const float* sums, const float* scales,
+                             const float* bias, std::size_t at) {
   using V = decltype(Wide::Set(0.0F));
   const V low = Wide::Set(f.low), high = Wide::Set(f.high);
   const V one_scale = Wide::Set(kOne && kScaled ? *scales : 1.0F), one_bias = Wide::Set(kOne ? *bias : 0.0F);
   float* out = f.out + at;
   std::size_t j = 0;
-  for (; j + Wide::kLanes <= f.lanes; j += Wide::kLanes) {
+  for (; j + Wide::kLanes <= lanes; j += Wide::kLanes) {
     V value = Wide::Load(sums + j);
     if (kScaled) value = Wide::Mul(value, kOne ? one_scale : Wide::Load(scales + j));
     value = Wide::Add(value, kOne ? one_bias : Wide::Load(bias + j));
     if (kAdds) value = Wide::Add(value, Wide::Load(f.addend + at + j));
     Wide::Store(out + j, Wide::Min(high, Wide::Max(low, value)));
   }
-  if (j == f.lanes) return;
-  const std::size_t rest = f.lanes - j;
+  if (j == lanes) return;
+  const std::size_t rest = lanes - j;
   V value = Wide::LoadPart(sums + j, rest);
   if (kScaled) value = Wide::Mul(value, kOne ? one_scale : Wide::LoadPart(scales + j, rest));
   value = Wide::Add(value, kOne ? one_bias : Wide::LoadPart(bias + j, rest));
@@ -186,8 +187,13 @@ template <bool kOne, bool kScaled, bool kAdds>
 void FinishEach(const Finish& f) {
   for (std::size_t i = 0; i < f.count; ++i) {
     const std::size_t own = kOne ? i : 0;
-    FinishRow<kOne, kScaled, kAdds>(f, f.sums + i * f.pitch, kScaled ? f.scales + own : nullptr, f.bias + own,
-                                    i * f.stride);
+    const float* sums = f.sums + i * f.pitch;
+    const float* scales = kScaled ? f.scales + own : nullptr;
+    if (f.lanes == kTileLanes) {
+      FinishRow<kOne, kScaled, kAdds>(f, kTileLanes, sums, scales, f.bias + own, i * f.stride);
+    } else {
+      FinishRow<kOne, kScaled, kAdds>(f, f.lanes, sums, scales, f.bias + own, i * f.stride);
+    }
   }
 }
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from fused import CONV, F32, Layer, conv, matrix, open_session
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 from test_library import random_form
 
 EXACT = 1e-5  # relative error of float32 sums in another order; a Clip takes away much of what it is relative to
@@ -170,3 +173,96 @@ def test_threads_do_not_change_the_result() -> None:
         first, *others = (run(layer, x, threads) for threads in (1, 2, 3))
         for other in others:
             np.testing.assert_array_equal(first, other)
+
+
+def _gemm() -> Layer:
+    return matrix(random_form(5, rows=12, cols=70, words=128), op="Gemm", trans=1)
+
+
+def _conv() -> Layer:
+    return conv(
+        random_form(5, rows=12, cols=72, words=128), (12, 8, 3, 3), op="ConvClip", order="hwi", pads=(1, 1, 1, 1)
+    )
+
+
+# What is wrong, and what the message must say.
+REFUSED = [
+    pytest.param(_gemm, {"transB": None}, "attribute transB is missing", id="no-trans"),
+    pytest.param(_gemm, {"transB": 2}, "transB is 2; it must be 0 or 1", id="trans-2"),
+    pytest.param(_gemm, {"perm": None}, "attribute perm is missing", id="no-perm"),
+    pytest.param(_gemm, {"perm": [0, 0]}, r"perm \[0, 0\] is no permutation", id="perm-twice"),
+    pytest.param(_gemm, {"coding": "rans"}, "coding is 'rans'", id="coding"),
+    pytest.param(_gemm, {"precision": "best"}, "precision is 'best'; known are auto, exact and fast", id="precision"),
+    pytest.param(_gemm, {"precision": 1}, "precision is no string", id="precision-number"),
+    pytest.param(_gemm, {"transB": 0}, r"B is \[12\]; it must be \[70\]", id="bias"),
+    pytest.param(_conv, {"strides": None}, "attribute strides is missing", id="no-strides"),
+    pytest.param(_conv, {"strides": [1]}, r"strides are \[1\]; there must be 2", id="strides-short"),
+    pytest.param(_conv, {"strides": [1, 0]}, r"strides are \[1, 0\]; each must be 1 to", id="stride-0"),
+    pytest.param(_conv, {"strides": [1, 2**62]}, "each must be 1 to", id="stride-huge"),
+    pytest.param(_conv, {"dilations": [1, -1]}, r"dilations are \[1, -1\]; each must be 1 to", id="dilation-negative"),
+    pytest.param(_conv, {"pads": [1, 1]}, r"pads are \[1, 1\]; there must be 4", id="pads-short"),
+    pytest.param(_conv, {"pads": [0, 0, 0, -1]}, "each must be 0 to", id="pad-negative"),
+    pytest.param(_conv, {"pads": [2**62] * 4}, "each must be 0 to", id="pads-huge"),
+    pytest.param(_conv, {"group": None}, "attribute group is missing", id="no-group"),
+    pytest.param(_conv, {"group": 0}, "group is 0, which does not divide 12 outputs", id="group-0"),
+    pytest.param(_conv, {"group": 5}, "group is 5, which does not divide 12 outputs", id="group-5"),
+    pytest.param(_conv, {"group": -(2**63)}, "does not divide 12 outputs", id="group-negative"),
+]
+
+
+@pytest.mark.parametrize(("make", "attributes", "message"), REFUSED)
+def test_bad_nodes_are_refused_when_the_session_is_made(
+    make: Callable[[], Layer], attributes: dict[str, Any], message: str
+) -> None:
+    layer = make()
+    with pytest.raises(Exception, match=message) as error:
+        open_session(layer.fused(**attributes))
+    assert f"vqonnx.{layer.op} 'layer': " in str(error.value)
+    assert "\n" not in str(error.value).strip()
+
+
+@pytest.mark.parametrize("name", ["codes", "codebooks", "scales", "layout", "min", "max"])
+def test_what_must_be_constant(name: str) -> None:
+    model = onnx.load_from_string(_conv().fused())
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    model.graph.initializer.remove(tensor)
+    model.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims)))
+    with pytest.raises(Exception, match=rf"vqonnx\.ConvClip 'layer': {name} is no constant initializer"):
+        open_session(model.SerializeToString())
+
+
+def test_a_bias_may_be_computed() -> None:
+    layer = matrix(random_form(5, rows=12, cols=70), op="GemmRelu", trans=1)
+    model = onnx.load_from_string(layer.fused())
+    model.graph.initializer.remove(next(t for t in model.graph.initializer if t.name == "B"))
+    model.graph.input.append(helper.make_tensor_value_info("B", TensorProto.FLOAT, None))
+    session = open_session(model.SerializeToString())
+    x = np.ones((2, 70), F32)
+    want = np.maximum(x @ layer.weight.T + bias(12), 0)
+    np.testing.assert_allclose(session.run(None, {"X": x, "B": bias(12)})[0], want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(Exception, match=r"B is \[11\]; it must be \[12\]"):
+        session.run(None, {"X": x, "B": bias(11)})
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "message"),
+    [
+        pytest.param(_gemm, (2, 71), r"X is \[2, 71\]; its last axis must be 70", id="gemm"),
+        pytest.param(_gemm, (70,), r"X is \[70\]; its last axis must be 70, of 2", id="gemm-rank"),
+        pytest.param(
+            _conv, (1, 9, 5, 5), r"X is \[1, 9, 5, 5\]; the weight wants 1 groups of 8 channels", id="channels"
+        ),
+        pytest.param(_conv, (1, 8, 5), r"X is \[1, 8, 5\]; it must have 4 axes", id="conv-rank"),
+        pytest.param(_conv, (1, 8, 5, 0), "image axis of 0", id="empty-image"),
+    ],
+)
+def test_bad_inputs_are_refused_when_they_come(make: Callable[[], Layer], shape: tuple[int, ...], message: str) -> None:
+    session = open_session(make().fused())
+    with pytest.raises(Exception, match=message):
+        session.run(None, {"X": np.zeros(shape, F32)})
+
+
+def test_an_addend_of_another_shape_is_refused() -> None:
+    session = open_session(replace(_conv(), op="ConvAdd").fused())
+    with pytest.raises(Exception, match=r"Z is \[1, 12, 1, 1\], but the output \[1, 12, 5, 5\]"):
+        session.run(None, {"X": np.zeros((1, 8, 5, 5), F32), "Z": np.zeros((1, 12, 1, 1), F32)})
