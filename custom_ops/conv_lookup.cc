@@ -5,6 +5,7 @@
 
 #include "linear.h"
 #include "scratch.h"
+#include "split.h"
 
 namespace vqonnx {
 namespace {
@@ -13,8 +14,6 @@ using std::size_t;
 
 // Outputs whose sums stay near (in floats): a band of the image. The tables of the inputs on its border are made twice.
 constexpr size_t kBandFloats = 131072;
-
-size_t Ceil(size_t a, size_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 

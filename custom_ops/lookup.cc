@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "split.h"
+
 namespace vqonnx {
 namespace {
 
@@ -19,8 +21,6 @@ constexpr float kHuge = 1e18F, kTiny = 1e-25F;
 // Inputs that share a scale, and so feel the largest of them.
 constexpr size_t kChunkInputs = 512;
 constexpr size_t kFetchedEarly = 16384;
-
-size_t Ceil(size_t a, size_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 

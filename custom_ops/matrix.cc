@@ -3,6 +3,7 @@
 
 #include "linear.h"
 #include "scratch.h"
+#include "split.h"
 
 namespace vqonnx {
 namespace {
@@ -16,8 +17,6 @@ constexpr size_t kParts = 8;      // of the inputs, then: a fixed number, so tha
 constexpr size_t kPieceRows = 4;  // otherwise
 constexpr size_t kPieceOutputs = 1024;
 constexpr size_t kDotOutputs = 64;
-
-size_t Ceil(size_t a, size_t b) { return (a + b - 1) / b; }
 
 // What a task needs for lookups, and `floats` more.
 struct Room {
