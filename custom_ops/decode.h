@@ -6,28 +6,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "kernels.h"
+#include "tensor.h"
 
 namespace vqonnx {
-
-// Inputs that do not fit together. The text is one line and lacks only the name of the weight.
-class Invalid : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
-
-// ONNX's own numbers (TensorProto.DataType); every other number is a type that no input may have.
-enum class Type : int { kUndefined = 0, kFloat32 = 1, kUint8 = 2, kInt64 = 7, kFloat16 = 10 };
-
-struct Tensor {
-  const void* data = nullptr;
-  Type type = Type::kUndefined;
-  std::vector<std::int64_t> dims;
-};
 
 struct Inputs {
   Tensor codes, codebooks, scales, layout;
@@ -41,6 +25,10 @@ class Decode {
   Decode(const Inputs& inputs, std::span<const std::int64_t> perm, const Kernels& kernels);
 
   const std::vector<std::int64_t>& shape() const { return shape_; }
+
+  // The matrix behind the tensor, for those who compute with it instead.
+  std::size_t cols() const { return cols_; }
+  Coded View(const void* codes) const;
 
   // The output falls into this many parts, which can be written in any order and at the same time.
   std::size_t tasks() const { return row_blocks_ * col_blocks_; }

@@ -5,7 +5,8 @@
 //   LoadEight(p)               eight bytes, the first one lowest
 //   UnpackOctet(w, bits, out)  the eight codes in the low 8 * bits bits of `w`
 //   WordTable                  the first `kWords` floats of a codebook; At(codes) looks up Wide::kLanes codes at once
-//   TransposeTile(...)         a square of kTile rows and columns, arguments as in Kernels::transpose
+//   DecodeScalarCodes(...)     whether it has done the work of DecodeRow, where the form allows something better
+//   LoadTurned(row, out)       out[j] has, of each i < Wide::kLanes, value j < 8 of row(i)
 //
 // No include guard and no standard library on purpose: see STYLE.md, section 5.
 
@@ -205,6 +206,7 @@ void DecodeCodes(const Coded& m, std::size_t row, std::size_t group, std::size_t
 }
 
 void DecodeRow(const Coded& m, std::size_t row, std::size_t group, std::size_t cols, float scale, float* out) {
+  if (DecodeScalarCodes(m, row, group, cols, scale, out)) return;
   if (m.stages > kMaxStages) return DecodeManyStages(m, row, group, cols, scale, out);
   if (m.bits > 8) return DecodeCodes<std::uint16_t>(m, row, group, cols, scale, out);
   DecodeCodes<std::uint8_t>(m, row, group, cols, scale, out);
@@ -213,15 +215,25 @@ void DecodeRow(const Coded& m, std::size_t row, std::size_t group, std::size_t c
 // Column by column of tiles, so that the lines of the output are finished one after the other.
 void Transpose(const float* from, std::size_t from_stride, std::size_t rows, std::size_t cols, float* to,
                std::size_t to_stride) {
-  const std::size_t tiled_rows = rows / kTile * kTile;
-  const std::size_t tiled_cols = cols / kTile * kTile;
-  for (std::size_t c = 0; c < tiled_cols; c += kTile) {
-    for (std::size_t r = 0; r < tiled_rows; r += kTile) {
-      TransposeTile(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+  const std::size_t tiled_rows = rows / Wide::kLanes * Wide::kLanes;
+  const std::size_t tiled_cols = cols / 8 * 8;
+  for (std::size_t c = 0; c < tiled_cols; c += 8) {
+    for (std::size_t r = 0; r < tiled_rows; r += Wide::kLanes) {
+      decltype(Wide::Set(0.0F)) turned[8];
+      LoadTurned([&](std::size_t i) { return from + (r + i) * from_stride + c; }, turned);
+      VQONNX_UNROLL
+      for (std::size_t i = 0; i < 8; ++i) Wide::Store(to + (c + i) * to_stride + r, turned[i]);
     }
-    for (std::size_t r = tiled_rows; r < rows; ++r) {
-      for (std::size_t i = c; i < c + kTile; ++i) to[i * to_stride + r] = from[r * from_stride + i];
-    }
+    if (tiled_rows == rows) continue;
+    decltype(Wide::Set(0.0F)) turned[8];
+    LoadTurned(
+        [&](std::size_t i) {  // the last row stands in for those that are not there
+          return from + (tiled_rows + i < rows ? tiled_rows + i : rows - 1) * from_stride + c;
+        },
+        turned);
+    VQONNX_UNROLL
+    for (std::size_t i = 0; i < 8; ++i)
+      Wide::StorePart(to + (c + i) * to_stride + tiled_rows, rows - tiled_rows, turned[i]);
   }
   for (std::size_t c = tiled_cols; c < cols; ++c) {
     for (std::size_t r = 0; r < rows; ++r) to[c * to_stride + r] = from[r * from_stride + c];

@@ -24,6 +24,11 @@ struct Scalar {
   static float Add(float a, float b) { return a + b; }
   static float Mul(float a, float b) { return a * b; }
   static float Set(float a) { return a; }
+  static float MulAdd(float a, float b, float c) { return a * b + c; }
+  static float Max(float a, float b) { return a > b ? a : b; }
+  static float Min(float a, float b) { return a < b ? a : b; }
+  static float LoadPart(const float* p, std::size_t) { return *p; }
+  static void StorePart(float* p, std::size_t, float a) { *p = a; }
 };
 using Narrow = Scalar;
 using Middle = Scalar;
@@ -42,9 +47,12 @@ void UnpackOctet(std::uint64_t window, std::size_t bits, std::uint8_t* out) {
   }
 }
 
-constexpr std::size_t kTile = 1;
+constexpr std::size_t kTileVectors = 4, kTileCount = 3;
 
-void TransposeTile(const float* from, std::size_t, float* to, std::size_t) { *to = *from; }
+template <class Row>
+void LoadTurned(Row row, float* out) {
+  for (std::size_t i = 0; i < 8; ++i) out[i] = row(0)[i];
+}
 
 struct WordTable {
   static constexpr std::size_t kWords = 256;
@@ -53,11 +61,13 @@ struct WordTable {
   const float* words_;
 };
 
+bool DecodeScalarCodes(const Coded&, std::size_t, std::size_t, std::size_t, float, float*) { return false; }
+
 }  // namespace
 }  // namespace vqonnx
 
-#include "kernels-inl.h"
-
+#include "algorithms-inl.h"
+#include "table-portable-inl.h"
 namespace vqonnx {
 namespace {
 
@@ -104,13 +114,18 @@ unsigned Bit(int n) { return 1U << n; }
 
 bool HasAvx2() {
   if (CpuId(0).a < 7) return false;
-  const unsigned osxsave = Bit(27), avx = Bit(28), avx2 = Bit(5), xmm_ymm = Bit(1) | Bit(2);
-  return HasAll(CpuId(1).c, osxsave | avx) && HasAll(SavedState(), xmm_ymm) && HasAll(CpuId(7).b, avx2);
+  const unsigned osxsave = Bit(27), avx = Bit(28), fma = Bit(12), avx2 = Bit(5), xmm_ymm = Bit(1) | Bit(2);
+  return HasAll(CpuId(1).c, osxsave | avx | fma) && HasAll(SavedState(), xmm_ymm) && HasAll(CpuId(7).b, avx2);
 }
 
 bool HasAvx512() {
   const unsigned f = Bit(16), dq = Bit(17), bw = Bit(30), vl = Bit(31), mask_zmm = Bit(5) | Bit(6) | Bit(7);
   return HasAvx2() && HasAll(SavedState(), mask_zmm) && HasAll(CpuId(7).b, f | dq | bw | vl);
+}
+
+bool HasVbmi() {
+  const unsigned vbmi = Bit(1), vnni = Bit(11);
+  return HasAvx512() && HasAll(CpuId(7).c, vbmi | vnni);
 }
 #endif
 
@@ -127,6 +142,9 @@ const Entry kEntries[] = {
 #if defined(VQONNX_X86)
     {&kAvx2, HasAvx2},
     {&kAvx512, HasAvx512},
+    {&kAvx512Vbmi, HasVbmi},
+#elif defined(VQONNX_ARM)
+    {&kNeon, Always},
 #endif
 };
 static_assert(sizeof(kEntries) / sizeof(kEntries[0]) <= kMaxTables);
@@ -137,7 +155,24 @@ const Kernels kPortable = {.name = "portable",
                            .unpack = Unpack,
                            .unpack_wide = UnpackWide,
                            .decode_row = CheckedDecodeRow,
-                           .transpose = Transpose};
+                           .transpose = Transpose,
+                           .decode_panel = DecodePanel,
+                           .dot = DotProducts,
+                           .tile_lanes = kTileLanes,
+                           .tile_count = kTileCount,
+                           .tile_windows = TileWindows,
+                           .tile_positions = TilePositions,
+                           .single_lanes = kSingleLanes,
+                           .tile_single = TileSingle,
+                           .finish_rows = FinishRows,
+                           .finish_columns = FinishColumns,
+                           .finish_across = FinishAcross,
+                           .add_up = AddUp,
+                           .measure = Measure,
+                           .quantise = Quantise,
+                           .build_tables = BuildTable,
+                           .sum_tables = SumTable,
+                           .tables_pay = false};
 
 std::size_t UsableKernels(const Kernels** tables) {
   std::size_t count = 0;

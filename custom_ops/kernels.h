@@ -8,6 +8,15 @@
 #include <cstddef>
 #include <cstdint>
 
+// In front of loops over registers, which must not be loops, and of functions that take or return many registers.
+#if defined(__GNUC__)
+#define VQONNX_UNROLL _Pragma("GCC unroll 32")
+#define VQONNX_INLINE inline __attribute__((always_inline))
+#else
+#define VQONNX_UNROLL
+#define VQONNX_INLINE __forceinline
+#endif
+
 namespace vqonnx {
 
 // Floats after the last codeword that a kernel may read (never use), so that it can load whole vectors.
@@ -25,6 +34,87 @@ struct Coded {
   const float* codebooks;     // [stages, books, words, width], then kPad floats of anything
   std::size_t stages, rows, row_bytes, bits;
   std::size_t books, words, width;
+};
+
+// Part of a product of matrices: `count` times `Kernels::tile_lanes` sums over `depth` columns.
+struct Tile {
+  const float* vectors;    // of each column tile_lanes values, which all sums of a row of the tile take
+  const float* scalars;    // of each column `count` values
+  const std::int32_t* at;  // of each column, where its vectors or scalars are
+  std::size_t depth;
+  std::size_t count;  // 1 to Kernels::tile_count
+  float* sums;        // [count][tile_lanes]
+  bool add;           // to what `sums` holds
+};
+
+// The distance of the rows of scalars in Kernels::tile_positions, in floats; they are at most kTileDepth long.
+constexpr std::size_t kTileDepth = 512;
+constexpr std::size_t kTilePitch = kTileDepth + 16;
+
+// What follows a product: + bias, + addend, then not below `low` and not above `high` (a NaN stays one).
+struct Finish {
+  const float* sums;  // [count] rows, `pitch` apart
+  std::size_t pitch;
+  std::size_t count;
+  std::size_t lanes;    // how many are wanted of each row
+  float* out;           // value [i][j] goes to out[i * stride + j], or to out[j * stride + i]
+  const float* addend;  // like `out`, or null
+  std::size_t stride;
+  const float* scales;  // one for each i, or for each j; or null
+  const float* bias;    // the same
+  float low, high;
+};
+
+// Products by table lookup. x is rounded to int16 in blocks of `pairs` pairs, like the words of the codebooks. A table
+// holds, for one block of x, what it yields with each of 256 words: (dot product + 2^31 + 2^15) / 2^16 as 16 bits, the
+// 256 low bytes before the 256 high bytes. Rows of the weight come in sets of kSetRows, whose codes stand in the order
+// of `SetPlace`.
+constexpr std::size_t kTableWords = 256;
+constexpr std::size_t kTableBytes = 2 * kTableWords;
+constexpr std::size_t kTableBlocks = 64;  // most blocks whose tables are summed at once: 32 KB of tables
+constexpr std::size_t kSetRows = 64;
+constexpr std::size_t kMostSets = 4;  // that are summed at once
+
+// Where among the 64 codes of a set the code of row `row` stands: lookups yield bytes, and this order brings the bytes
+// of a sum together, in the order of rows, when they are widened.
+constexpr std::size_t SetPlace(std::size_t row) {
+  return 2 * (row % 16 / 4 * 8 + row / 16 % 2 * 4 + row % 4) + row / 32;
+}
+
+struct BuildTables {
+  const std::int16_t* x;             // [blocks][pairs][2]
+  const std::int16_t* const* books;  // for each block [pairs][kTableWords][2]
+  std::size_t blocks, pairs;
+  std::uint8_t* tables;  // [blocks][kTableBytes]
+};
+
+struct SumTables {
+  const std::uint8_t* codes;  // [blocks][sets][kSetRows]
+  const std::uint8_t* tables;
+  std::size_t blocks;  // at most kTableBlocks
+  std::size_t sets;    // 1 to kMostSets
+  float factor;        // what one unit of the tables is worth
+  float* const* sums;  // for each set kSetRows values
+  bool add;            // to what they hold
+};
+
+// What x must be rounded with: the largest magnitude, the largest sum of squares of a block; unspecified where some
+// value is not finite.
+struct Extent {
+  float most, square;
+  bool finite;
+};
+
+// Products of up to kMostDots vectors with some rows of a matrix, without its scales.
+constexpr std::size_t kMostDots = 4;
+struct Dot {
+  const Coded& matrix;    // kOctet words of it have at most kTileDepth values
+  std::size_t row, rows;  // those that are wanted
+  std::size_t cols;       // all of them
+  const float* x;         // [batch] rows, x_stride apart
+  std::size_t x_stride, batch;
+  float* out;  // out[b * out_stride + i] for row `row + i`
+  std::size_t out_stride;
 };
 
 struct Kernels {
@@ -46,12 +136,52 @@ struct Kernels {
   // to[c * to_stride + r] = from[r * from_stride + c] for r < rows and c < cols.
   void (*transpose)(const float* from, std::size_t from_stride, std::size_t rows, std::size_t cols, float* to,
                     std::size_t to_stride);
+
+  // The same for up to tile_lanes rows next to each other: out[col * tile_lanes + i] for row `row + i`, with a scale
+  // for each; unspecified beyond `rows`. At most 8 stages.
+  void (*decode_panel)(const Coded& matrix, std::size_t row, std::size_t rows, std::size_t group, std::size_t cols,
+                       const float* scales, float* out);
+
+  void (*dot)(const Dot& dot);
+
+  // A tile of sums. In `windows` the vectors are outputs and lie one after the other; the scalars are positions:
+  //   sums[i][j] (+)= vectors[k * tile_lanes + j] * scalars[at[k] + i]
+  // In `positions` it is the other way around:
+  //   sums[i][j] (+)= vectors[at[k] + j] * scalars[i * kTilePitch + k]
+  std::size_t tile_lanes, tile_count;
+  void (*tile_windows)(const Tile& tile);
+  void (*tile_positions)(const Tile& tile);
+  // The same as `positions` for one row of single_lanes sums.
+  std::size_t single_lanes;
+  void (*tile_single)(const Tile& tile);
+
+  // Out comes [i][j] with a bias for each i (`rows`) or each j (`columns`), or [j][i] with a bias for each j (`across`,
+  // which may read rows of `sums` up to the next multiple of 8).
+  void (*finish_rows)(const Finish& finish);
+  void (*finish_columns)(const Finish& finish);
+  void (*finish_across)(const Finish& finish);
+
+  // out[j] = the sum of from[i * stride + j] over i < count, in that order.
+  void (*add_up)(const float* from, std::size_t stride, std::size_t count, std::size_t size, float* out);
+
+  // Table lookup; null where the instruction set has no use for it. `quantise` rounds x * scale to the nearest
+  // integers.
+  Extent (*measure)(const float* x, std::size_t blocks, std::size_t width);
+  void (*quantise)(const float* x, std::size_t count, float scale, std::int16_t* out);
+  void (*build_tables)(const BuildTables& build);
+  void (*sum_tables)(const SumTables& sum);
+  bool tables_pay;  // whether lookups are faster than multiplications
 };
+
+constexpr std::size_t kMaxTileFloats = 16 * 32;  // room for the sums of any table's tile
 
 extern const Kernels kPortable;
 #if defined(VQONNX_X86)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Vbmi;
+#elif defined(VQONNX_ARM)
+extern const Kernels kNeon;
 #endif
 
 // The tables that this processor can run, slowest first. Returns how many; `tables` has room for kMaxTables.

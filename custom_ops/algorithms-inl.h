@@ -1,0 +1,6 @@
+// All algorithms over the vocabulary of kernels-inl.h. In this order: each uses those before it.
+// clang-format off
+#include "kernels-inl.h"
+#include "tile-inl.h"
+#include "dot-inl.h"
+// clang-format on

@@ -1,0 +1,35 @@
+// The kernels for AVX-512 with VBMI and VNNI: those of avx512.cc, and products by table lookup. Everything is in
+// unnamed namespaces except the table, see STYLE.md, section 5.
+// clang-format off
+#include "avx512-inl.h"
+#include "scalar-vbmi-inl.h"
+#include "algorithms-inl.h"
+#include "table-vbmi-inl.h"
+// clang-format on
+
+namespace vqonnx {
+
+const Kernels kAvx512Vbmi = {.name = "avx512vbmi",
+                             .unpack = Unpack,
+                             .unpack_wide = UnpackWide,
+                             .decode_row = DecodeRow,
+                             .transpose = Transpose,
+                             .decode_panel = DecodePanel,
+                             .dot = DotProducts,
+                             .tile_lanes = kTileLanes,
+                             .tile_count = kTileCount,
+                             .tile_windows = TileWindows,
+                             .tile_positions = TilePositions,
+                             .single_lanes = kSingleLanes,
+                             .tile_single = TileSingle,
+                             .finish_rows = FinishRows,
+                             .finish_columns = FinishColumns,
+                             .finish_across = FinishAcross,
+                             .add_up = AddUp,
+                             .measure = Measure,
+                             .quantise = Quantise,
+                             .build_tables = BuildTable,
+                             .sum_tables = SumTable,
+                             .tables_pay = true};
+
+}  // namespace vqonnx

@@ -1,0 +1,318 @@
+// Convolutions in float32: pieces of the weight are decoded next to the products that use them.
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <limits>
+
+#include "linear.h"
+#include "scratch.h"
+#include "split.h"
+
+namespace vqonnx {
+namespace {
+
+using std::size_t;
+
+// Positions that share a decoded piece of the weight: enough to make the decoding cheap, few enough for their sums to
+// stay near.
+constexpr size_t kBlockPositions = 1024;
+
+std::span<const std::int64_t> KernelSizes(const std::vector<std::int64_t>& shape) {
+  if (shape.size() != 3 && shape.size() != 4) {
+    throw Invalid("the weight is " + Text(shape) + "; it must have the axes of a 1-D or 2-D convolution");
+  }
+  constexpr size_t kMostTaps = size_t{1} << 20;
+  const auto sizes = std::span(shape).subspan(2);
+  const std::optional<size_t> taps =
+      Times(static_cast<size_t>(sizes.front()), sizes.size() == 2 ? static_cast<size_t>(sizes.back()) : 1);
+  if (!taps || *taps > kMostTaps) throw Invalid("a window of " + Text(sizes) + " is too large");
+  return sizes;
+}
+
+}  // namespace
+
+Conv::Conv(const Inputs& inputs, std::span<const std::int64_t> perm, std::span<const std::int64_t> strides,
+           std::span<const std::int64_t> dilations, std::span<const std::int64_t> pads, std::int64_t group,
+           Precision precision, const Kernels& kernels)
+    : kernels_(&kernels),
+      weight_(inputs, perm, 0, kernels),
+      window_(KernelSizes(weight_.shape()), strides, dilations, pads) {
+  if (group < 1 || static_cast<size_t>(group) > weight_.outputs() || weight_.outputs() % static_cast<size_t>(group)) {
+    throw Invalid("group is " + Text(group) + ", which does not divide " + Text(weight_.outputs()) + " outputs");
+  }
+  groups_ = static_cast<size_t>(group);
+  channels_ = static_cast<size_t>(weight_.shape()[1]);
+  if (precision != Precision::kExact && groups_ == 1)
+    PlanLookup(static_cast<const std::uint8_t*>(inputs.codes.data), precision);
+}
+
+std::vector<std::int64_t> Conv::OutputShape(std::span<const std::int64_t> image) const {
+  const size_t axes = weight_.shape().size();
+  if (image.size() != axes) throw Invalid("X is " + Text(image) + "; it must have " + Text(axes) + " axes");
+  if (image[0] < 0 || image[1] < 0 || static_cast<size_t>(image[1]) % groups_ != 0 ||
+      static_cast<size_t>(image[1]) / groups_ != channels_) {
+    throw Invalid("X is " + Text(image) + "; the weight wants " + Text(groups_) + " groups of " + Text(channels_) +
+                  " channels");
+  }
+  const Grid grid(window_, axes == 4 ? static_cast<size_t>(image[2]) : 1, static_cast<size_t>(image[axes - 1]));
+  std::vector<std::int64_t> shape = {image[0], weight_.shape()[0]};
+  if (axes == 4) shape.push_back(static_cast<std::int64_t>(grid.out_rows));
+  shape.push_back(static_cast<std::int64_t>(grid.out_cols));
+  const std::optional<size_t> floats = Times(grid.plane, channels_);
+  if (!floats || *floats > static_cast<size_t>(std::numeric_limits<std::int32_t>::max())) {
+    throw Invalid("X is " + Text(image) + ", too large for this kernel");
+  }
+  return shape;
+}
+
+// One image, all channels, laid out for the window.
+struct Conv::Image {
+  const Grid& grid;
+  const float* planes;  // [groups * channels][plane]
+  const std::int32_t* at;
+  Weight::Source weight;
+  size_t index;
+};
+
+// Where each column of the weight finds its values in the planes of its group.
+void Conv::Columns(const Grid& grid, std::int32_t* at) const {
+  struct Axis {
+    size_t size, channel, tap;
+  };
+  std::array<Axis, 3> axes = {{{1, 0, 0}, {1, 0, 0}, {1, 0, 0}}};
+  const std::vector<std::int64_t>& shape = weight_.shape();
+  for (size_t i = 0; i < weight_.column_axes().size(); ++i) {
+    const size_t axis = weight_.column_axes()[i];
+    const size_t tap = axis == 1 ? 0 : axis + 1 == shape.size() ? 1 : window_.kernel[1];
+    axes[i] = {static_cast<size_t>(shape[axis]), axis == 1 ? size_t{1} : 0, tap};
+  }
+  for (size_t a = 0; a < axes[0].size; ++a) {
+    for (size_t b = 0; b < axes[1].size; ++b) {
+      const size_t channel = a * axes[0].channel + b * axes[1].channel;
+      const size_t tap = a * axes[0].tap + b * axes[1].tap;
+      for (size_t c = 0; c < axes[2].size; ++c) {
+        *at++ =
+            static_cast<std::int32_t>((channel + c * axes[2].channel) * grid.plane + grid.taps[tap + c * axes[2].tap]);
+      }
+    }
+  }
+}
+
+void Conv::Run(const Call& call, std::span<const std::int64_t> shape, const Tasks& tasks) const {
+  if (shape[0] == 0) return;
+  const Grid grid(window_, shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1, static_cast<size_t>(shape.back()));
+  if (lookup_) {
+    size_t count = 1;
+    for (const std::int64_t size : shape) count *= static_cast<size_t>(size);
+    if (lookup_->Suits(call.x, count)) return RunLookup(call, shape, grid, tasks);
+  }
+  RunExact(call, shape, grid, tasks);
+}
+
+void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const Grid& grid, const Tasks& tasks) const {
+  const size_t images = static_cast<size_t>(shape[0]), channels = groups_ * channels_;
+  const size_t image_rows = shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1;
+  const size_t image_cols = static_cast<size_t>(shape.back());
+  const bool depthwise = weight_.outputs() == groups_;
+  if (groups_ == 1 && image_rows * image_cols == 1 && grid.direct() && weight_.by_output()) {
+    return RunOnePosition(call, images, tasks);
+  }
+  const bool positions = PrefersPositions(grid);
+  const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
+  const bool direct = depthwise || (grid.direct() && (!positions || span >= kernels_->tile_lanes));
+  const size_t laid = direct ? 0 : channels * grid.plane + kernels_->tile_lanes;
+  Scratch scratch(Use::kRun, Scratch::Room<float>(weight_.dense_size()) + Scratch::Room<float>(laid) +
+                                 Scratch::Room<std::int32_t>(weight_.depth()));
+  auto* dense = scratch.Take<float>(weight_.dense_size());
+  auto* planes = scratch.Take<float>(laid);
+  auto* at = scratch.Take<std::int32_t>(weight_.depth());
+  if (images > 0 && weight_.dense_size() > 0) weight_.Expand(call.codes, tasks, dense);
+  Columns(grid, at);
+  if (depthwise) return RunDepthwise(call, shape, grid, dense, at, tasks);
+  for (size_t n = 0; n < images; ++n) {
+    const float* x = call.x + n * channels * image_rows * image_cols;
+    if (!direct) {
+      const size_t parts = std::min(channels, Ceil(channels * grid.plane, 16384));
+      tasks.Each(parts, [&](size_t index) {
+        const Part part = PartOf(channels, parts, index);
+        for (size_t c = part.begin; c < part.begin + part.size; ++c) {
+          grid.Lay(x + c * image_rows * image_cols, planes + c * grid.plane);
+        }
+      });
+    }
+    const Image image = {grid, direct ? x : planes, at, {call.codes, dense}, n};
+    if (positions) {
+      RunPositions(call, image, tasks);
+    } else {
+      RunWindows(call, image, tasks);
+    }
+  }
+}
+
+// Which of the two needs fewer steps: a step multiplies all lanes of a tile's row, used or not.
+bool Conv::PrefersPositions(const Grid& grid) const {
+  const size_t lanes = kernels_->tile_lanes, count = kernels_->tile_count;
+  const size_t outputs = weight_.outputs() / groups_;
+  const auto steps = [&](size_t length) {  // rows of tiles: a low tile waits for its own sums
+    const size_t tiles = Ceil(length, count);
+    return static_cast<double>(std::max(length, tiles * std::min<size_t>(4, count)));
+  };
+  const auto depth = static_cast<double>(weight_.depth());
+  const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
+  const size_t lines = grid.cols == grid.out_cols ? 1 : grid.out_rows;
+  const size_t line = grid.cols == grid.out_cols ? span : grid.out_cols;
+  // The last terms: turning the sums around, and decoding for vectors.
+  const double turn = 2.0 * static_cast<double>(lanes * 8) / 32;
+  const double windows =
+      static_cast<double>(Ceil(outputs, lanes)) *
+      (static_cast<double>(lines) * (steps(line) * depth + turn * static_cast<double>(Ceil(line, count)) * 4) +
+       static_cast<double>(lanes) * 0.3 * depth);
+  const double vectors = static_cast<double>(Ceil(span, lanes));
+  const double positions = vectors * (steps(outputs) * depth + 4 * static_cast<double>(outputs));
+  return positions < windows;
+}
+
+// Vectors of outputs, scalars from the image: any number of positions will do.
+void Conv::RunWindows(const Call& call, const Image& image, const Tasks& tasks) const {
+  const Grid& grid = image.grid;
+  const size_t lanes = kernels_->tile_lanes, count = kernels_->tile_count;
+  const size_t outputs = weight_.outputs() / groups_;
+  const size_t panels = Ceil(outputs, lanes);
+  const bool whole = grid.cols == grid.out_cols;  // rows of outputs follow each other like their values
+  const size_t lines = whole ? 1 : grid.out_rows;
+  const size_t line = whole ? grid.out_rows * grid.out_cols : grid.out_cols;
+  const size_t line_tiles = Ceil(line, count);
+  const size_t blocks = Ceil(lines * line, kBlockPositions);
+  const size_t most_tiles = Ceil(lines * line_tiles, blocks);
+  const size_t depth = weight_.depth();
+  const size_t piece = kTileDepth / weight_.step() * weight_.step();
+  const size_t out_plane = grid.out_rows * grid.out_cols;
+
+  tasks.Each(groups_ * panels * blocks, [&](size_t task) {
+    const size_t block = task % blocks, panel = task / blocks % panels, group = task / blocks / panels;
+    const Part tiles = PartOf(lines * line_tiles, blocks, block);
+    const Part part = {panel * lanes, std::min(lanes, outputs - panel * lanes)};
+    const size_t first = group * outputs + part.begin;
+    const size_t tile_floats = Ceil(count, 8) * 8 * lanes;
+    const bool at_once = depth <= piece;
+    const size_t sums_floats = (at_once ? 1 : most_tiles) * tile_floats;
+    Scratch scratch(Use::kTask, Scratch::Room<float>(weight_.PanelRoom()) + Scratch::Room<float>(piece * lanes) +
+                                    Scratch::Room<float>(sums_floats) + Scratch::Room<float>(lanes));
+    auto* room = scratch.Take<float>(weight_.PanelRoom());
+    auto* vectors = scratch.Take<float>(piece * lanes);
+    auto* sums = scratch.Take<float>(sums_floats);
+    auto* bias = scratch.Take<float>(lanes);
+    for (size_t i = 0; i < lanes; ++i) bias[i] = i < part.size ? call.bias[first + i] : 0.0F;
+    const float* planes = image.planes + group * channels_ * grid.plane;
+    const size_t out = (image.index * weight_.outputs() + first) * out_plane;
+
+    for (size_t col = 0; col < depth; col += piece) {
+      const size_t cols = std::min(piece, depth - col);
+      weight_.Panel(image.weight, first, part.size, col, cols, room, vectors);
+      for (size_t t = 0; t < tiles.size; ++t) {
+        const size_t row = (tiles.begin + t) / line_tiles;
+        const Part columns = PartOf(line, line_tiles, (tiles.begin + t) % line_tiles);
+        float* its_sums = sums + (at_once ? 0 : t * tile_floats);
+        kernels_->tile_windows({.vectors = vectors,
+                                .scalars = planes + row * grid.cols + columns.begin,
+                                .at = image.at + col,
+                                .depth = cols,
+                                .count = columns.size,
+                                .sums = its_sums,
+                                .add = col > 0});
+        if (col + cols < depth) continue;
+        const size_t place = out + row * grid.out_cols + columns.begin;
+        kernels_->finish_across({.sums = its_sums,
+                                 .pitch = lanes,
+                                 .count = columns.size,
+                                 .lanes = part.size,
+                                 .out = call.out + place,
+                                 .addend = call.addend == nullptr ? nullptr : call.addend + place,
+                                 .stride = out_plane,
+                                 .scales = nullptr,
+                                 .bias = bias,
+                                 .low = call.low,
+                                 .high = call.high});
+      }
+    }
+  });
+}
+
+// Vectors of positions, scalars from the weight: nothing is turned around, but where rows of the image are longer than
+// those of the output, the values between two rows are computed for nothing.
+void Conv::RunPositions(const Call& call, const Image& image, const Tasks& tasks) const {
+  const Grid& grid = image.grid;
+  const size_t lanes = kernels_->tile_lanes;
+  const size_t outputs = weight_.outputs() / groups_;
+  const size_t strips = Ceil(outputs, kernels_->tile_count);
+  const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
+  const size_t tiles = Ceil(span, lanes);
+  const size_t blocks = Ceil(tiles * lanes, kBlockPositions);
+  const size_t most_tiles = Ceil(tiles, blocks);
+  const size_t depth = weight_.depth();
+  const size_t piece = kTileDepth / weight_.step() * weight_.step();
+  const size_t out_plane = grid.out_rows * grid.out_cols;
+
+  tasks.Each(groups_ * strips * blocks, [&](size_t task) {
+    const size_t block = task % blocks, strip = task / blocks % strips, group = task / blocks / strips;
+    const Part its_tiles = PartOf(tiles, blocks, block);
+    const Part part = PartOf(outputs, strips, strip);
+    const size_t first = group * outputs + part.begin;
+    const size_t tile_floats = part.size * lanes;
+    const bool at_once = depth <= piece;
+    const size_t sums_floats = (at_once ? 1 : most_tiles) * tile_floats;
+    Scratch scratch(Use::kTask, Scratch::Room<float>(part.size * kTilePitch) + Scratch::Room<float>(sums_floats) +
+                                    Scratch::Room<float>(part.size));
+    auto* scalars = scratch.Take<float>(part.size * kTilePitch);
+    auto* sums = scratch.Take<float>(sums_floats);
+    auto* bias = scratch.Take<float>(part.size);
+    for (size_t i = 0; i < part.size; ++i) bias[i] = call.bias[first + i];
+    const float* planes = image.planes + group * channels_ * grid.plane;
+    const size_t out = (image.index * weight_.outputs() + first) * out_plane;
+
+    for (size_t col = 0; col < depth; col += piece) {
+      const size_t cols = std::min(piece, depth - col);
+      for (size_t i = 0; i < part.size; ++i) {
+        weight_.Row(image.weight, first + i, col, cols, scalars + i * kTilePitch);
+      }
+      for (size_t t = 0; t < its_tiles.size; ++t) {
+        // The last tile is moved back so that it ends with the span, where there is that much.
+        const size_t begin = (its_tiles.begin + t) * lanes;
+        const size_t skip = begin + lanes > span && span >= lanes ? begin + lanes - span : 0;
+        const size_t position = begin - skip;
+        float* its_sums = sums + (at_once ? 0 : t * tile_floats);
+        kernels_->tile_positions({.vectors = planes + position,
+                                  .scalars = scalars,
+                                  .at = image.at + col,
+                                  .depth = cols,
+                                  .count = part.size,
+                                  .sums = its_sums,
+                                  .add = col > 0});
+        if (col + cols < depth) continue;
+        // Row by row of the output, leaving out what lies between, and what the tile before has written.
+        for (size_t p = begin; p < std::min(begin + lanes, span);) {
+          const size_t row = p / grid.cols, column = p % grid.cols;
+          const size_t end = std::min({begin + lanes, span, grid.cols == grid.out_cols ? span : (row + 1) * grid.cols});
+          if (column < grid.out_cols) {
+            const size_t wanted = grid.cols == grid.out_cols ? end - p : std::min(end - p, grid.out_cols - column);
+            const size_t place = out + row * grid.out_cols + column;
+            kernels_->finish_rows({.sums = its_sums + (p - position),
+                                   .pitch = lanes,
+                                   .count = part.size,
+                                   .lanes = wanted,
+                                   .out = call.out + place,
+                                   .addend = call.addend == nullptr ? nullptr : call.addend + place,
+                                   .stride = out_plane,
+                                   .scales = nullptr,
+                                   .bias = bias,
+                                   .low = call.low,
+                                   .high = call.high});
+          }
+          p = end;
+        }
+      }
+    }
+  });
+}
+
+}  // namespace vqonnx

@@ -1,0 +1,273 @@
+// Checks of the kernels of linear layers. Where a kernel rounds as the formula does, it must yield the same bits.
+#include <algorithm>
+#include <array>
+
+#include "check.h"
+
+namespace vqonnx::check {
+namespace {
+
+Sample Named(unsigned seed) {
+  Sample sample = {};
+  sample.seed = seed;
+  return sample;
+}
+
+std::vector<float> Values(Random& random, size_t count, bool special) {
+  std::vector<float> values(count);
+  for (float& value : values) value = Value(random, special);
+  return values;
+}
+
+// Whether `got` may be the float32 sum of terms whose sum is `want` and whose magnitudes add up to `scale`.
+bool Close(float got, double want, double scale) {
+  if (!std::isfinite(scale)) return true;  // decided by the order of the sum
+  return std::fabs(static_cast<double>(got) - want) <= 1e-5 * scale + 1e-30;
+}
+
+void CheckTiles(const Kernels& kernels, unsigned seed) {
+  Random random(seed);
+  struct Form {
+    const char* name;
+    void (*multiply)(const Tile&);
+    size_t lanes, most;
+    bool windows;
+  };
+  const Form forms[] = {{"tile_windows", kernels.tile_windows, kernels.tile_lanes, kernels.tile_count, true},
+                        {"tile_positions", kernels.tile_positions, kernels.tile_lanes, kernels.tile_count, false},
+                        {"tile_single", kernels.tile_single, kernels.single_lanes, 1, false}};
+  for (const Form& form : forms) {
+    const size_t depth = Pick(random, 1, 50), count = Pick(random, 1, form.most), shift = Pick(random, 0, 3);
+    const size_t gathered = form.windows ? count : form.lanes;
+    std::vector<std::int32_t> at(depth);
+    for (std::int32_t& place : at) place = static_cast<std::int32_t>(Pick(random, 0, 100));
+    // Not a value more than may be read.
+    const std::vector<float> near =
+        Values(random, shift + (form.windows ? depth * form.lanes : (count - 1) * kTilePitch + depth), false);
+    const std::vector<float> far = Values(random, 100 + gathered, false);
+    Guarded sums(count * form.lanes, shift);
+    const bool add = Pick(random, 0, 1) != 0;
+    std::vector<float> before = Values(random, count * form.lanes, false);
+    if (add) std::copy(before.begin(), before.end(), sums.data());
+    const float* stored = near.data() + shift;
+    form.multiply({.vectors = form.windows ? stored : far.data(),
+                   .scalars = form.windows ? far.data() : stored,
+                   .at = at.data(),
+                   .depth = depth,
+                   .count = count,
+                   .sums = sums.data(),
+                   .add = add});
+    if (!sums.Intact()) return Fail(kernels, Named(seed), std::string(form.name) + " writes beside its sums");
+    for (size_t i = 0; i < count; ++i) {
+      for (size_t j = 0; j < form.lanes; ++j) {
+        double want = add ? before[i * form.lanes + j] : 0.0, scale = std::fabs(want);
+        for (size_t k = 0; k < depth; ++k) {
+          const size_t place = static_cast<size_t>(at[k]);
+          const double product = form.windows ? double{stored[k * form.lanes + j]} * far[place + i]
+                                              : double{stored[i * kTilePitch + k]} * far[place + j];
+          want += product;
+          scale += std::fabs(product);
+        }
+        if (Close(sums.data()[i * form.lanes + j], want, scale)) continue;
+        return Fail(kernels, Named(seed),
+                    std::string(form.name) + " differs at " + std::to_string(i) + ", " + std::to_string(j));
+      }
+    }
+  }
+}
+
+void CheckFinish(const Kernels& kernels, unsigned seed) {
+  Random random(seed);
+  struct Form {
+    const char* name;
+    void (*finish)(const Finish&);
+    bool by_row, across;
+  };
+  const Form forms[] = {{"finish_rows", kernels.finish_rows, true, false},
+                        {"finish_columns", kernels.finish_columns, false, false},
+                        {"finish_across", kernels.finish_across, false, true}};
+  for (const Form& form : forms) {
+    const size_t count = Pick(random, 1, 40), lanes = Pick(random, 1, 70),
+                 pitch = (lanes + 7) / 8 * 8 + Pick(random, 0, 2) * 8;
+    const size_t stride = (form.across ? count : lanes) + Pick(random, 0, 5);
+    const std::vector<float> sums = Values(random, (count + 8) * pitch, true);
+    const std::vector<float> bias = Values(random, std::max(count, lanes), true),
+                             scales = Values(random, bias.size(), true);
+    const size_t size = ((form.across ? lanes : count) - 1) * stride + (form.across ? count : lanes);
+    const std::vector<float> addend = Values(random, size, true);
+    const bool scaled = Pick(random, 0, 1) != 0, adds = Pick(random, 0, 1) != 0;
+    const float kInfinity = std::numeric_limits<float>::infinity();
+    const std::array<std::array<float, 2>, 3> bounds = {{{-kInfinity, kInfinity}, {0.0F, kInfinity}, {-0.5F, 0.75F}}};
+    const auto [low, high] = bounds[Pick(random, 0, 2)];
+    Guarded out(size, seed % 5);
+    std::vector<float> want(out.data(), out.data() + size);
+    for (size_t i = 0; i < count; ++i) {
+      for (size_t j = 0; j < lanes; ++j) {
+        const size_t place = form.across ? j * stride + i : i * stride + j;
+        float value = sums[i * pitch + j];
+        if (scaled) value *= scales[form.by_row ? i : j];
+        value += bias[form.by_row ? i : j];
+        if (adds) value += addend[place];
+        value = low > value ? low : value;
+        want[place] = high < value ? high : value;
+      }
+    }
+    form.finish({.sums = sums.data(),
+                 .pitch = pitch,
+                 .count = count,
+                 .lanes = lanes,
+                 .out = out.data(),
+                 .addend = adds ? addend.data() : nullptr,
+                 .stride = stride,
+                 .scales = scaled ? scales.data() : nullptr,
+                 .bias = bias.data(),
+                 .low = low,
+                 .high = high});
+    if (!out.Intact()) return Fail(kernels, Named(seed), std::string(form.name) + " writes beside its output");
+    for (size_t i = 0; i < size; ++i) {
+      if (!Same(out.data()[i], want[i])) {
+        return Fail(kernels, Named(seed), std::string(form.name) + " differs at " + std::to_string(i));
+      }
+    }
+  }
+  const size_t count = Pick(random, 1, 9), size = Pick(random, 1, 70), stride = size + Pick(random, 0, 3);
+  const std::vector<float> from = Values(random, (count - 1) * stride + size, true);
+  Guarded out(size, seed % 5);
+  kernels.add_up(from.data(), stride, count, size, out.data());
+  bool same = out.Intact();
+  for (size_t j = 0; j < size; ++j) {
+    float want = from[j];
+    for (size_t i = 1; i < count; ++i) want += from[i * stride + j];
+    same = same && Same(out.data()[j], want);
+  }
+  if (!same) Fail(kernels, Named(seed), "add_up differs");
+}
+
+// Panels and dot products of a random form, whose words may be anything.
+void CheckForms(const Kernels& kernels, unsigned seed) {
+  Random random(seed);
+  Sample sample = RandomSample(seed);
+  const size_t first = Pick(random, 0, sample.rows - 1), rows = Pick(random, 1, sample.rows - first);
+  const size_t group = Pick(random, 0, (sample.groups - 1) / kOctet) * kOctet;
+  const size_t cols = Pick(random, 1, sample.cols - group * sample.width);
+  if (sample.stages <= 8) {
+    Guarded out(cols * kernels.tile_lanes, seed % 5);
+    kernels.decode_panel(sample.View(), first, rows, group, cols, sample.scales.data() + first, out.data());
+    if (!out.Intact()) return Fail(kernels, sample, "decode_panel writes beside its panel");
+    for (size_t row = 0; row < rows && row < kernels.tile_lanes; ++row) {
+      for (size_t col = 0; col < cols; ++col) {
+        const float want = sample.ValueAt(first + row, group * sample.width + col);
+        if (Same(out.data()[col * kernels.tile_lanes + row], want)) continue;
+        return Fail(kernels, sample,
+                    "decode_panel differs at row " + std::to_string(row) + ", column " + std::to_string(col));
+      }
+    }
+  }
+  const size_t batch = Pick(random, 1, kMostDots), stride = sample.cols + Pick(random, 0, 3);
+  std::vector<float> x = Values(random, (batch - 1) * stride + sample.cols, false);
+  Guarded out(batch * rows, seed % 5);
+  kernels.dot({.matrix = sample.View(),
+               .row = first,
+               .rows = rows,
+               .cols = sample.cols,
+               .x = x.data(),
+               .x_stride = stride,
+               .batch = batch,
+               .out = out.data(),
+               .out_stride = rows});
+  if (!out.Intact()) return Fail(kernels, sample, "dot writes beside its output");
+  sample.scales.assign(sample.rows, 1.0F);
+  for (size_t b = 0; b < batch; ++b) {
+    for (size_t row = 0; row < rows; ++row) {
+      double want = 0.0, scale = 0.0;
+      for (size_t col = 0; col < sample.cols; ++col) {
+        const double product = double{sample.ValueAt(first + row, col)} * x[b * stride + col];
+        want += product;
+        for (size_t s = 0; s < sample.stages; ++s) {  // stages may cancel each other
+          const size_t word = (s * sample.books + col / sample.width % sample.books) * sample.words +
+                              sample.CodeAt(s, first + row, col / sample.width);
+          scale += std::fabs(double{sample.codebooks[word * sample.width + col % sample.width]} * x[b * stride + col]);
+        }
+      }
+      const float got = out.data()[b * rows + row];
+      const bool special = !std::isfinite(want) || scale > 1e37;
+      if (special ? std::isfinite(want) || !std::isfinite(got) : Close(got, want, scale)) continue;
+      return Fail(kernels, sample, "dot differs at row " + std::to_string(row) + ", vector " + std::to_string(b));
+    }
+  }
+}
+
+// The integers must be the portable ones.
+void CheckTables(const Kernels& kernels, unsigned seed) {
+  if (kernels.sum_tables == nullptr) return;
+  Random random(seed);
+  const size_t blocks = Pick(random, 1, kTableBlocks), pairs = Pick(random, 1, 9), sets = Pick(random, 1, kMostSets);
+  std::vector<float> x = Values(random, blocks * pairs * 2, false);
+  const Extent want = kPortable.measure(x.data(), blocks, pairs * 2),
+               got = kernels.measure(x.data(), blocks, pairs * 2);
+  if (!got.finite || got.most != want.most || std::fabs(got.square - want.square) > 1e-5F * want.square) {
+    return Fail(kernels, Named(seed), "measure differs");
+  }
+  const float specials[] = {std::nanf(""), std::numeric_limits<float>::infinity(),
+                            -std::numeric_limits<float>::infinity()};
+  std::vector<float> broken = x;
+  broken[Pick(random, 0, x.size() - 1)] = specials[seed % 3];
+  if (kernels.measure(broken.data(), blocks, pairs * 2).finite)
+    return Fail(kernels, Named(seed), "measure sees no special value");
+
+  const float scale = 32767.0F / want.most;
+  std::vector<std::int16_t> rounded(x.size() + 1, 77), expected(x.size());
+  kPortable.quantise(x.data(), x.size(), scale, expected.data());
+  kernels.quantise(x.data(), x.size(), scale, rounded.data());
+  if (!std::equal(expected.begin(), expected.end(), rounded.begin()) || rounded.back() != 77) {
+    return Fail(kernels, Named(seed), "quantise differs");
+  }
+  std::vector<std::vector<std::int16_t>> words(3, std::vector<std::int16_t>(pairs * 2 * kTableWords));
+  for (auto& book : words) {
+    for (std::int16_t& value : book)
+      value = static_cast<std::int16_t>(static_cast<int>(Pick(random, 0, 65534)) - 32767);
+  }
+  std::vector<const std::int16_t*> books(blocks);
+  for (const std::int16_t*& book : books) book = words[Pick(random, 0, 2)].data();
+  std::vector<std::uint8_t> tables(blocks * kTableBytes), expected_tables(tables.size());
+  BuildTables build = {rounded.data(), books.data(), blocks, pairs, expected_tables.data()};
+  kPortable.build_tables(build);
+  build.tables = tables.data();
+  kernels.build_tables(build);
+  if (tables != expected_tables) return Fail(kernels, Named(seed), "build_tables differs");
+
+  std::vector<std::uint8_t> codes(blocks * sets * kSetRows);
+  for (std::uint8_t& code : codes) code = static_cast<std::uint8_t>(Pick(random, 0, 255));
+  const bool add = Pick(random, 0, 1) != 0;
+  const std::vector<float> before = Values(random, sets * kSetRows, false);
+  Guarded sums(sets * kSetRows, seed % 5), expected_sums(sets * kSetRows, 0);
+  float* places[kMostSets];
+  float* expected_places[kMostSets];
+  for (size_t i = 0; i < sets; ++i) {
+    places[i] = sums.data() + i * kSetRows;
+    expected_places[i] = expected_sums.data() + i * kSetRows;
+  }
+  std::copy(before.begin(), before.end(), sums.data());
+  std::copy(before.begin(), before.end(), expected_sums.data());
+  SumTables sum = {codes.data(), tables.data(), blocks, sets, 0.125F, expected_places, add};
+  kPortable.sum_tables(sum);
+  sum.sums = places;
+  kernels.sum_tables(sum);
+  if (!sums.Intact()) return Fail(kernels, Named(seed), "sum_tables writes beside its sums");
+  for (size_t i = 0; i < sets * kSetRows; ++i) {
+    const float a = sums.data()[i], b = expected_sums.data()[i];
+    if (std::fabs(a - b) > 1e-6F * (std::fabs(b) + 1.0F))
+      return Fail(kernels, Named(seed), "sum_tables differs at " + std::to_string(i));
+  }
+}
+
+}  // namespace
+
+void CheckLayerKernels(const Kernels& kernels, unsigned seed) {
+  CheckTiles(kernels, seed);
+  CheckFinish(kernels, seed);
+  CheckForms(kernels, seed);
+  CheckTables(kernels, seed);
+}
+
+}  // namespace vqonnx::check

@@ -1,0 +1,105 @@
+// Linear layers computed from their coded weights. Knows neither onnxruntime nor intrinsics.
+#ifndef VQONNX_LINEAR_H_
+#define VQONNX_LINEAR_H_
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "kernels.h"
+#include "lookup.h"
+#include "tasks.h"
+#include "weight.h"
+#include "window.h"
+
+namespace vqonnx {
+
+// What one run is given. Sizes have been checked by OutputShape.
+struct Call {
+  const float* x = nullptr;
+  const std::uint8_t* codes = nullptr;
+  const float* bias = nullptr;    // one an output
+  const float* addend = nullptr;  // like the output, or null
+  float low = -std::numeric_limits<float>::infinity();
+  float high = std::numeric_limits<float>::infinity();
+  float* out = nullptr;
+};
+
+// What a layer may do to be fast: kFast allows tables of 16 bits, kAuto only where their error is small; kTables takes
+// them wherever there can be some, for checks.
+enum class Precision { kAuto, kExact, kFast, kTables };
+
+// y[n, o] = sum over k of x[n, k] * weight[o, k]
+class Matrix {
+ public:
+  // `transposed`: the decoded tensor is [outputs, inputs] rather than [inputs, outputs]. Throws Invalid.
+  Matrix(const Inputs& inputs, std::span<const std::int64_t> perm, bool transposed, Precision precision,
+         const Kernels& kernels);
+
+  std::size_t outputs() const { return weight_.outputs(); }
+  std::size_t inputs() const { return weight_.depth(); }
+
+  void Run(const Call& call, std::size_t rows, const Tasks& tasks) const;
+
+ private:
+  void RunExact(const Call& call, std::size_t rows, const Tasks& tasks) const;
+  void RunDots(const Call& call, std::size_t rows, const Tasks& tasks) const;
+  void RunFewRows(const Call& call, std::size_t rows, const Tasks& tasks) const;
+  void RunManyRows(const Call& call, std::size_t rows, const Tasks& tasks) const;
+  void FinishRow(const Call& call, std::size_t row, std::size_t output, std::size_t count, const float* sums) const;
+
+  const Kernels* kernels_;
+  Weight weight_;
+  std::optional<Lookup> lookup_;
+};
+
+// A convolution of one or two axes.
+class Conv {
+ public:
+  // The attributes are ONNX's. Throws Invalid.
+  Conv(const Inputs& inputs, std::span<const std::int64_t> perm, std::span<const std::int64_t> strides,
+       std::span<const std::int64_t> dilations, std::span<const std::int64_t> pads, std::int64_t group,
+       Precision precision, const Kernels& kernels);
+
+  std::size_t outputs() const { return weight_.outputs(); }
+
+  // Throws Invalid where an image [n, channels, size..] does not suit the layer.
+  std::vector<std::int64_t> OutputShape(std::span<const std::int64_t> image) const;
+
+  void Run(const Call& call, std::span<const std::int64_t> image, const Tasks& tasks) const;
+
+ private:
+  struct Image;
+  struct Room;
+  void Columns(const Grid& grid, std::int32_t* at) const;
+  void RunWindows(const Call& call, const Image& image, const Tasks& tasks) const;
+  void RunPositions(const Call& call, const Image& image, const Tasks& tasks) const;
+  void RunOnePosition(const Call& call, std::size_t images, const Tasks& tasks) const;
+  void RunDepthwise(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const float* dense,
+                    const std::int32_t* at, const Tasks& tasks) const;
+  bool PrefersPositions(const Grid& grid) const;
+  void PlanLookup(const std::uint8_t* codes, Precision precision);
+  void RunExact(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
+  void RunLookup(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
+  void SumBand(const float* image, std::size_t image_rows, std::size_t image_cols, const Grid& grid,
+               std::size_t first_row, std::size_t band_rows, const Room& room) const;
+
+  void AddPosition(const Lookup::Chunk& chunk, const Lookup::Class& tap_class, std::size_t column, const Grid& grid,
+                   std::size_t out_row, std::size_t out_col, std::size_t band_rows, const Room& room) const;
+
+  const Kernels* kernels_;
+  Weight weight_;
+  Window window_;
+  std::size_t groups_ = 1, channels_ = 0;  // channels of one group
+  std::optional<Lookup> lookup_;
+  std::vector<std::array<std::size_t, 2>> tap_remainders_;  // of each tap class: those of its taps' rows and columns
+  std::vector<std::array<std::size_t, 2>> set_steps_;  // of each set's tap: outputs that it lies behind the first tap
+};
+
+}  // namespace vqonnx
+
+#endif  // VQONNX_LINEAR_H_

@@ -1,0 +1,222 @@
+#include "lookup.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+
+#include "split.h"
+
+namespace vqonnx {
+namespace {
+
+using std::size_t;
+
+constexpr double kMostInt16 = 32767.0;
+constexpr float kMostRounded = 32766.9F;  // so that a product with a rounded quotient stays below
+// Dot products stay so far below 2^31 that rounding cannot carry them over it.
+constexpr double kMostProduct = 2147483648.0 - 8388608.0;
+// Magnitudes that squares and scales can represent.
+constexpr float kHuge = 1e18F, kTiny = 1e-25F;
+// Inputs that share a scale, and so feel the largest of them.
+constexpr size_t kChunkInputs = 512;
+constexpr size_t kFetchedEarly = 16384;
+
+}  // namespace
+
+bool Lookup::Possible(const Weight& weight, size_t taps, const Kernels& kernels) {
+  const Coded& m = weight.coded();
+  if (kernels.sum_tables == nullptr || !weight.by_output() || m.bits > 8 || m.stages > kTableBlocks) return false;
+  if (m.width < 2 || m.width > kTileDepth / kOctet) return false;
+  const size_t inputs = weight.depth() / taps;
+  if (taps > 1 && (inputs % m.width != 0 || (inputs / m.width) % m.books != 0)) return false;
+  const float* end = m.codebooks + m.stages * m.books * m.words * m.width;
+  const float most = *std::max_element(m.codebooks, end, [](float a, float b) { return std::fabs(a) < std::fabs(b); });
+  return std::all_of(m.codebooks, end, [](float word) { return std::isfinite(word); }) && std::fabs(most) < kHuge &&
+         std::fabs(most) > 1.0F / kHuge;
+}
+
+Lookup::Lookup(const Weight& weight, const std::uint8_t* codes, std::vector<size_t> tap_class, const Kernels& kernels)
+    : kernels_(&kernels),
+      stages_(weight.coded().stages),
+      books_(weight.coded().books),
+      width_(weight.coded().width),
+      even_width_(width_ + width_ % 2),
+      outputs_(weight.outputs()),
+      padded_outputs_(Ceil(outputs_, kSetRows) * kSetRows),
+      tap_blocks_(Ceil(weight.depth() / tap_class.size(), width_)),
+      chunk_blocks_(std::min({tap_blocks_, kTableBlocks / stages_, std::max<size_t>(1, kChunkInputs / width_)})),
+      scales_(weight.scales().data()) {
+  const size_t class_count = *std::max_element(tap_class.begin(), tap_class.end()) + 1;
+  for (size_t index = 0; index < class_count; ++index) {
+    const size_t first_set = sets_.size(), first_tile = tiles_.size();
+    for (size_t tap = 0; tap < tap_class.size(); ++tap) {
+      if (tap_class[tap] != index) continue;
+      for (size_t output = 0; output < outputs_; output += kSetRows) sets_.push_back({tap, output});
+    }
+    const size_t count = sets_.size() - first_set, tiles = Ceil(count, kMostSets);
+    for (size_t i = 0; i < tiles; ++i) {
+      const size_t begin = count * i / tiles;
+      tiles_.push_back({first_set + begin, count * (i + 1) / tiles - begin});
+    }
+    classes_.push_back({first_tile, tiles});
+  }
+  PackCodebooks(weight);
+  PackCodes(weight, codes);
+}
+
+void Lookup::PackCodebooks(const Weight& weight) {
+  const Coded& m = weight.coded();
+  const size_t count = stages_ * books_;
+  float most = 0.0F;
+  for (size_t i = 0; i < count * m.words * width_; ++i) most = std::max(most, std::fabs(m.codebooks[i]));
+  word_scale_ = kMostInt16 / static_cast<double>(most);
+  words_.resize(count);
+  for (auto& book : words_) book.assign(even_width_ * kTableWords, 0);
+  for (size_t book = 0; book < count; ++book) {
+    for (size_t word = 0; word < m.words; ++word) {
+      double square = 0.0;
+      for (size_t i = 0; i < width_; ++i) {
+        const double value =
+            std::nearbyint(static_cast<double>(m.codebooks[(book * m.words + word) * width_ + i]) * word_scale_);
+        words_[book][(i / 2 * kTableWords + word) * 2 + i % 2] = static_cast<std::int16_t>(value);
+        square += value * value;
+      }
+      longest_word_ = std::max(longest_word_, std::sqrt(square));
+    }
+  }
+  most_length_ = static_cast<float>(kMostProduct / longest_word_ * 0.99999);
+  worth_ = static_cast<float>(65536.0 / word_scale_);
+  for (size_t stage = 0; stage < stages_; ++stage) {
+    for (size_t block = 0; block < tap_blocks_; ++block) {
+      block_words_.push_back(words_[stage * books_ + block % books_].data());
+    }
+  }
+}
+
+void Lookup::PackCodes(const Weight& weight, const std::uint8_t* codes) {
+  const Coded& m = weight.coded();
+  const size_t taps = sets_.size() / Ceil(outputs_, kSetRows);
+  const size_t groups = Ceil(weight.depth(), width_);
+  codes_.assign(stages_ * tap_blocks_ * sets_.size() * kSetRows + kFetchedEarly, 0);
+  const size_t row_room = Ceil(groups, kOctet) * kOctet;
+  std::vector<std::uint8_t> rows(kSetRows * row_room);
+  std::vector<size_t> set_place(taps);                        // the number of a tap's set for the outputs at hand
+  std::vector<std::array<size_t, 2>> set_tile(sets_.size());  // where its tile starts, and how many sets that has
+  for (const Tile& tile : tiles_) {
+    for (size_t i = 0; i < tile.sets; ++i) set_tile[tile.first_set + i] = {tile.first_set, tile.sets};
+  }
+  std::vector<double> uses(stages_ * books_ * kTableWords, 0.0);
+  for (size_t output = 0; output < outputs_; output += kSetRows) {
+    const size_t count = std::min(kSetRows, outputs_ - output);
+    for (size_t set = 0; set < sets_.size(); ++set) {
+      if (sets_[set].output == output) set_place[sets_[set].tap] = set;
+    }
+    for (size_t stage = 0; stage < stages_; ++stage) {
+      for (size_t i = 0; i < count; ++i) {
+        kernels_->unpack(codes + (stage * m.rows + output + i) * m.row_bytes, m.row_bytes, m.bits, groups,
+                         rows.data() + i * row_room);
+      }
+      for (size_t group = 0; group < groups; ++group) {
+        const size_t tap = group / tap_blocks_, block = group % tap_blocks_;
+        const size_t chunk = block / chunk_blocks_, first = chunk * chunk_blocks_;
+        const size_t blocks = std::min(chunk_blocks_, tap_blocks_ - first);
+        const auto [tile_set, tile_sets] = set_tile[set_place[tap]];
+        const size_t in_chunk =
+            stages_ * blocks * tile_set + (stage * blocks + block - first) * tile_sets + (set_place[tap] - tile_set);
+        std::uint8_t* to = codes_.data() + (stages_ * first * sets_.size() + in_chunk) * kSetRows;
+        double* its_uses = uses.data() + (stage * books_ + block % books_) * kTableWords;
+        for (size_t i = 0; i < count; ++i) {
+          const std::uint8_t code = rows[i * row_room + group];
+          to[SetPlace(i)] = code;
+          its_uses[code] += 1.0;
+        }
+      }
+    }
+  }
+  // Each entry is off by 0.35 of its unit: its own rounding, and that of x and of the words. It is compared with the
+  // entries of words as they are used, blocks of x being at most twice as long as most of them are.
+  double squares = 0.0, total = 0.0;
+  for (size_t book = 0; book < stages_ * books_; ++book) {
+    for (size_t word = 0; word < kTableWords; ++word) {
+      double square = 0.0;
+      for (size_t i = 0; i < even_width_; ++i) {
+        const double value = words_[book][(i / 2 * kTableWords + word) * 2 + i % 2];
+        square += value * value;
+      }
+      squares += square * uses[book * kTableWords + word];
+      total += uses[book * kTableWords + word];
+    }
+  }
+  const double usual = std::sqrt(squares / std::max(total, 1.0) / static_cast<double>(width_));
+  error_ = usual > 0.0 ? 0.35 * 2.0 * longest_word_ / usual / kMostInt16 : 1.0;
+}
+
+Lookup::Chunk Lookup::At(size_t chunk) const {
+  const size_t first = chunk * chunk_blocks_;
+  return {first, std::min(chunk_blocks_, tap_blocks_ - first),
+          codes_.data() + stages_ * first * sets_.size() * kSetRows};
+}
+
+float Lookup::Round(const Chunk& chunk, const float* x, size_t inputs, std::int16_t* rounded) const {
+  const size_t floats = std::min(chunk.blocks * width_, inputs - chunk.first_block * width_);
+  float padded[kTableBlocks * (kTileDepth / kOctet + 1)];
+  if (even_width_ != width_ || floats < chunk.blocks * width_) {
+    std::fill(padded, padded + chunk.blocks * even_width_, 0.0F);
+    for (size_t done = 0; done < floats; done += width_) {
+      std::memcpy(padded + done / width_ * even_width_, x + done, std::min(width_, floats - done) * sizeof(float));
+    }
+    x = padded;
+  }
+  const Extent extent = kernels_->measure(x, chunk.blocks, even_width_);
+  if (!(extent.most > kTiny)) {  // nothing, beside what else there is
+    std::fill(rounded, rounded + chunk.blocks * even_width_, std::int16_t{0});
+    return 0.0F;
+  }
+  const float by_length = most_length_ / std::sqrt(extent.square), by_value = kMostRounded / extent.most;
+  const float scale = std::min(by_length, by_value);
+  kernels_->quantise(x, chunk.blocks * even_width_, scale, rounded);
+  return worth_ / scale;
+}
+
+void Lookup::Build(const Chunk& chunk, const std::int16_t* rounded, std::uint8_t* tables) const {
+  for (size_t stage = 0; stage < stages_; ++stage) {
+    kernels_->build_tables({.x = rounded,
+                            .books = block_words_.data() + stage * tap_blocks_ + chunk.first_block,
+                            .blocks = chunk.blocks,
+                            .pairs = even_width_ / 2,
+                            .tables = tables + stage * chunk.blocks * kTableBytes});
+  }
+}
+
+void Lookup::Sum(const Chunk& chunk, const Tile& tile, const std::uint8_t* tables, float factor, float* const* sums,
+                 bool add) const {
+  kernels_->sum_tables({.codes = chunk.codes + stages_ * chunk.blocks * tile.first_set * kSetRows,
+                        .tables = tables,
+                        .blocks = stages_ * chunk.blocks,
+                        .sets = tile.sets,
+                        .factor = factor,
+                        .sums = sums,
+                        .add = add});
+}
+
+bool Lookup::Suits(const float* x, size_t count) const {
+  const Extent extent = kernels_->measure(x, count / 2, 2);
+  const float last = count % 2 != 0 ? std::fabs(x[count - 1]) : 0.0F;
+  const float most = std::max(extent.most, last);
+  return extent.finite && std::isfinite(last) && (most == 0.0F || (most > kTiny && most < kHuge));
+}
+
+// Cycles, about, measured on Zen 5.
+bool Lookup::Pays(bool any_error, double positions, double taps) const {
+  constexpr double kMostError = 2.5e-4;
+  if (!any_error && (!kernels_->tables_pay || error_ > kMostError)) return false;
+  const auto pairs = static_cast<double>(even_width_ / 2), blocks = static_cast<double>(tap_blocks_);
+  const auto tables = static_cast<double>(stages_) * blocks, sets = static_cast<double>(padded_outputs_ / kSetRows);
+  const double build = 30.0 + 8.0 * blocks + tables * (12.0 + 8.5 * pairs);
+  const double sum = sets * (tables * 4.4 + 14.0);
+  const double products = taps * blocks * static_cast<double>(width_ * outputs_);
+  return positions * build + taps * sum < products / 29.0;
+}
+
+}  // namespace vqonnx

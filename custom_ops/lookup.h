@@ -1,0 +1,103 @@
+// Linear layers by table lookup: for each block of inputs a table of its products with all words of the codebook, from
+// which every output then takes the entry that its code names. Products are rounded to 16 bits, and added up exactly.
+// Knows neither onnxruntime nor intrinsics.
+#ifndef VQONNX_LOOKUP_H_
+#define VQONNX_LOOKUP_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+#include "scratch.h"
+#include "weight.h"
+
+namespace vqonnx {
+
+// The weight's codes in the order in which lookups read them, and its codebooks in 16 bits.
+//
+// A column of the weight is a tap and an input, inputs running fastest; all taps of an input share its tables. Sets of
+// kSetRows outputs of one tap are looked up together, and tiles of up to kMostSets sets; the sets of a tap class are
+// consecutive: those are taps that the same inputs may need. Inputs come in chunks of up to kTableBlocks tables. Codes:
+// [chunk][tile][stage][block][set of the tile][kSetRows].
+class Lookup {
+ public:
+  // `tap_class` is the class of each tap, counted from 0. The codes are read now and not kept.
+  Lookup(const Weight& weight, const std::uint8_t* codes, std::vector<std::size_t> tap_class, const Kernels& kernels);
+
+  // Whether there can be tables at all for blocks that do not cross taps.
+  static bool Possible(const Weight& weight, std::size_t taps, const Kernels& kernels);
+
+  // The relative error to be expected, of inputs that are alike.
+  double error() const { return error_; }
+
+  struct Chunk {
+    std::size_t first_block, blocks;  // of inputs; each has `stages` tables
+    const std::uint8_t* codes;
+  };
+  std::size_t chunks() const { return (tap_blocks_ - 1) / chunk_blocks_ + 1; }
+  Chunk At(std::size_t chunk) const;
+
+  static std::size_t TableBytes() { return kTableBlocks * kTableBytes; }
+  std::size_t chunk_values() const { return chunk_blocks_ * even_width_; }
+
+  // Rounds the inputs [first_block * width, ..) of a chunk, `x` being the first of them and `inputs` how many there are
+  // in all, to chunk_values() integers. Returns what a unit of the tables is worth.
+  float Round(const Chunk& chunk, const float* x, std::size_t inputs, std::int16_t* rounded) const;
+
+  void Build(const Chunk& chunk, const std::int16_t* rounded, std::uint8_t* tables) const;
+
+  // For each set of a tile kSetRows sums, added to what is there if `add`.
+  struct Tile {
+    std::size_t first_set, sets;
+  };
+  struct Class {
+    std::size_t first_tile, tiles;
+  };
+  void Sum(const Chunk& chunk, const Tile& tile, const std::uint8_t* tables, float factor, float* const* sums,
+           bool add) const;
+
+  const std::vector<Tile>& tiles() const { return tiles_; }
+  const Class& tap_class(std::size_t index) const { return classes_[index]; }
+  // Each set's tap, and the number of its first output.
+  struct Set {
+    std::size_t tap, output;
+  };
+  const std::vector<Set>& sets() const { return sets_; }
+  std::size_t padded_outputs() const { return padded_outputs_; }
+  const float* scales() const { return scales_; }
+
+  // Whether lookups can deal with x, and lose no more than they should: finite, and neither huge nor tiny.
+  bool Suits(const float* x, std::size_t count) const;
+
+  // Whether lookups are faster than multiplications, for a layer that for each output position makes the tables of so
+  // many input positions and looks up so many taps; and whether their error is small, unless `any_error`.
+  bool Pays(bool any_error, double positions, double taps) const;
+
+  std::size_t width() const { return width_; }
+
+ private:
+  void PackCodebooks(const Weight& weight);
+  void PackCodes(const Weight& weight, const std::uint8_t* codes);
+
+  const Kernels* kernels_;
+  std::size_t stages_, books_, width_, even_width_, outputs_, padded_outputs_;
+  std::size_t tap_blocks_;    // of one tap
+  std::size_t chunk_blocks_;  // most of a chunk
+  std::vector<Set> sets_;
+  std::vector<Tile> tiles_;
+  std::vector<Class> classes_;
+  std::vector<std::uint8_t, OnLine<std::uint8_t>> codes_;               // and 8 KB that may be fetched early
+  std::vector<std::vector<std::int16_t, OnLine<std::int16_t>>> words_;  // [stages * books]
+  std::vector<const std::int16_t*> block_words_;                        // [stages][tap_blocks]
+  const float* scales_;
+  double word_scale_ = 1.0, longest_word_ = 0.0;  // what words are rounded with, and their greatest length then
+  float most_length_ = 0.0F;                      // that a rounded block of inputs may have
+  float worth_ = 0.0F;                            // of a unit of a table, were the inputs not scaled
+  double error_ = 0.0;
+};
+
+}  // namespace vqonnx
+
+#endif  // VQONNX_LOOKUP_H_

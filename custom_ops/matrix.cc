@@ -1,0 +1,212 @@
+// Products with a coded matrix in float32.
+#include <algorithm>
+
+#include "linear.h"
+#include "scratch.h"
+#include "split.h"
+
+namespace vqonnx {
+namespace {
+
+using std::size_t;
+
+constexpr size_t kBlockRows = 1024;  // rows of x that share a decoded piece of the weight
+
+constexpr size_t kFewRows = 8;    // that share each chunk of codes while it is near, whoever has it
+constexpr size_t kParts = 8;      // of the inputs, then: a fixed number, so that sums never depend on threads
+constexpr size_t kPieceRows = 4;  // otherwise
+constexpr size_t kPieceOutputs = 1024;
+constexpr size_t kDotOutputs = 64;
+
+// What a task needs for lookups, and `floats` more.
+struct Room {
+  Room(const Lookup& lookup, size_t floats)
+      : scratch(Use::kTask, Scratch::Room<std::uint8_t>(Lookup::TableBytes()) +
+                                Scratch::Room<std::int16_t>(lookup.chunk_values()) + Scratch::Room<float>(floats)),
+        tables(scratch.Take<std::uint8_t>(Lookup::TableBytes())),
+        rounded(scratch.Take<std::int16_t>(lookup.chunk_values())),
+        sums(scratch.Take<float>(floats)) {}
+  Scratch scratch;
+  std::uint8_t* tables;
+  std::int16_t* rounded;
+  float* sums;
+};
+
+void SumRow(const Lookup& lookup, const Lookup::Chunk& chunk, const float* x, size_t inputs, const Room& room,
+            float* sums, bool add) {
+  const float factor = lookup.Round(chunk, x + chunk.first_block * lookup.width(), inputs, room.rounded);
+  lookup.Build(chunk, room.rounded, room.tables);
+  for (const Lookup::Tile& tile : lookup.tiles()) {
+    float* its_sums[kMostSets];
+    for (size_t i = 0; i < tile.sets; ++i) its_sums[i] = sums + lookup.sets()[tile.first_set + i].output;
+    lookup.Sum(chunk, tile, room.tables, factor, its_sums, add);
+  }
+}
+
+}  // namespace
+
+Matrix::Matrix(const Inputs& inputs, std::span<const std::int64_t> perm, bool transposed, Precision precision,
+               const Kernels& kernels)
+    : kernels_(&kernels), weight_(inputs, perm, transposed ? 0 : 1, kernels) {
+  if (weight_.shape().size() != 2) throw Invalid("the weight is " + Text(weight_.shape()) + "; it must have 2 axes");
+  if (precision == Precision::kExact || !Lookup::Possible(weight_, 1, kernels)) return;
+  lookup_.emplace(weight_, static_cast<const std::uint8_t*>(inputs.codes.data), std::vector<size_t>{0}, kernels);
+  if (precision == Precision::kTables) return;
+  if (!lookup_->Pays(precision == Precision::kFast, 1.0, 1.0)) lookup_.reset();
+}
+
+void Matrix::Run(const Call& call, size_t rows, const Tasks& tasks) const {
+  if (!lookup_ || !lookup_->Suits(call.x, rows * weight_.depth())) return RunExact(call, rows, tasks);
+  if (rows <= kFewRows) return RunFewRows(call, rows, tasks);
+  RunManyRows(call, rows, tasks);
+}
+
+void Matrix::FinishRow(const Call& call, size_t row, size_t output, size_t count, const float* sums) const {
+  const size_t place = row * weight_.outputs() + output;
+  kernels_->finish_columns({.sums = sums,
+                            .pitch = 0,
+                            .count = 1,
+                            .lanes = count,
+                            .out = call.out + place,
+                            .addend = call.addend == nullptr ? nullptr : call.addend + place,
+                            .stride = 0,
+                            .scales = weight_.scales().data() + output,
+                            .bias = call.bias + output,
+                            .low = call.low,
+                            .high = call.high});
+}
+
+// The chunks of inputs are dealt out, each part of them to sums of its own, which are added up at last.
+void Matrix::RunFewRows(const Call& call, size_t rows, const Tasks& tasks) const {
+  if (rows == 0) return;
+  const Lookup& lookup = *lookup_;
+  const size_t depth = weight_.depth(), outputs = weight_.outputs(), padded = lookup.padded_outputs();
+  const size_t parts = std::min(lookup.chunks(), kParts);
+  Scratch scratch(Use::kRun, Scratch::Room<float>(parts * rows * padded));
+  auto* sums = scratch.Take<float>(parts * rows * padded);
+  tasks.Each(parts, [&](size_t part) {
+    const Room own(lookup, 0);
+    const size_t begin = lookup.chunks() * part / parts, end = lookup.chunks() * (part + 1) / parts;
+    for (size_t index = begin; index < end; ++index) {
+      const Lookup::Chunk chunk = lookup.At(index);
+      for (size_t row = 0; row < rows; ++row) {
+        SumRow(lookup, chunk, call.x + row * depth, depth, own, sums + (part * rows + row) * padded, index > begin);
+      }
+    }
+  });
+  const size_t pieces = Ceil(outputs, kPieceOutputs);
+  tasks.Each(rows * pieces, [&](size_t task) {
+    const size_t row = task / pieces, first = task % pieces * kPieceOutputs;
+    const size_t count = std::min(kPieceOutputs, outputs - first);
+    alignas(64) float total[kPieceOutputs];
+    kernels_->add_up(sums + row * padded + first, rows * padded, parts, count, total);
+    FinishRow(call, row, first, count, total);
+  });
+}
+
+// Rows are dealt out. Each chunk of codes is read again for each row of a piece, but from a near cache.
+void Matrix::RunManyRows(const Call& call, size_t rows, const Tasks& tasks) const {
+  const Lookup& lookup = *lookup_;
+  const size_t depth = weight_.depth(), padded = lookup.padded_outputs();
+  tasks.Each(Ceil(rows, kPieceRows), [&](size_t piece) {
+    const size_t first = piece * kPieceRows, count = std::min(kPieceRows, rows - first);
+    const Room own(lookup, count * padded);
+    for (size_t index = 0; index < lookup.chunks(); ++index) {
+      const Lookup::Chunk chunk = lookup.At(index);
+      for (size_t row = 0; row < count; ++row) {
+        SumRow(lookup, chunk, call.x + (first + row) * depth, depth, own, own.sums + row * padded, index > 0);
+      }
+    }
+    for (size_t row = 0; row < count; ++row) {
+      FinishRow(call, first + row, 0, weight_.outputs(), own.sums + row * padded);
+    }
+  });
+}
+
+// Words are multiplied where they stand.
+void Matrix::RunDots(const Call& call, size_t rows, const Tasks& tasks) const {
+  Coded matrix = weight_.coded();
+  matrix.codes = call.codes;
+  tasks.Each(Ceil(outputs(), kDotOutputs), [&](size_t task) {
+    const size_t first = task * kDotOutputs, count = std::min(kDotOutputs, outputs() - first);
+    alignas(64) float sums[kMostDots * kDotOutputs];
+    kernels_->dot({.matrix = matrix,
+                   .row = first,
+                   .rows = count,
+                   .cols = weight_.depth(),
+                   .x = call.x,
+                   .x_stride = weight_.depth(),
+                   .batch = rows,
+                   .out = sums,
+                   .out_stride = kDotOutputs});
+    for (size_t row = 0; row < rows; ++row) FinishRow(call, row, first, count, sums + row * kDotOutputs);
+  });
+}
+
+void Matrix::RunExact(const Call& call, size_t rows, const Tasks& tasks) const {
+  if (rows == 0) return;
+  if (rows <= kMostDots && weight_.by_output()) return RunDots(call, rows, tasks);
+  const size_t lanes = kernels_->tile_lanes;
+  const size_t depth = weight_.depth(), outputs = weight_.outputs();
+  const size_t tiles = Ceil(rows, kernels_->tile_count), count = Ceil(rows, tiles), panels = Ceil(outputs, lanes);
+  // x as tiles of columns of `count` neighbouring values; rows beyond the last hold anything.
+  Scratch scratch(Use::kRun, Scratch::Room<float>(weight_.dense_size()) + Scratch::Room<float>(tiles * count * depth) +
+                                 Scratch::Room<std::int32_t>(kTileDepth));
+  auto* dense = scratch.Take<float>(weight_.dense_size());
+  auto* turned = scratch.Take<float>(tiles * count * depth);
+  auto* at = scratch.Take<std::int32_t>(kTileDepth);
+  if (weight_.dense_size() > 0) weight_.Expand(call.codes, tasks, dense);
+  for (size_t k = 0; k < kTileDepth; ++k) at[k] = static_cast<std::int32_t>(k * count);
+  tasks.Each(tiles, [&](size_t tile) {
+    const size_t height = std::min(count, rows - tile * count);
+    kernels_->transpose(call.x + tile * count * depth, depth, height, depth, turned + tile * count * depth, count);
+  });
+
+  const Weight::Source source = {call.codes, dense};
+  const size_t blocks = Ceil(rows, kBlockRows);
+  const size_t piece = kTileDepth / weight_.step() * weight_.step();
+  const size_t tile_floats = count * lanes;
+  const size_t most_tiles = Ceil(tiles, blocks);
+  tasks.Each(panels * blocks, [&](size_t task) {
+    const size_t panel = task / blocks, first = panel * lanes;
+    const size_t begin = tiles * (task % blocks) / blocks, end = tiles * (task % blocks + 1) / blocks;
+    const size_t its_outputs = std::min(lanes, outputs - first);
+    Scratch own(Use::kTask, Scratch::Room<float>(weight_.PanelRoom()) + Scratch::Room<float>(piece * lanes) +
+                                Scratch::Room<float>(most_tiles * tile_floats) + Scratch::Room<float>(lanes));
+    auto* room = own.Take<float>(weight_.PanelRoom());
+    auto* vectors = own.Take<float>(piece * lanes);
+    auto* sums = own.Take<float>(most_tiles * tile_floats);
+    auto* bias = own.Take<float>(lanes);
+    for (size_t i = 0; i < lanes; ++i) bias[i] = i < its_outputs ? call.bias[first + i] : 0.0F;
+    for (size_t col = 0; col < depth; col += piece) {
+      const size_t cols = std::min(piece, depth - col);
+      weight_.Panel(source, first, its_outputs, col, cols, room, vectors);
+      for (size_t tile = begin; tile < end; ++tile) {
+        const size_t height = std::min(count, rows - tile * count);
+        float* its_sums = sums + (tile - begin) * tile_floats;
+        kernels_->tile_windows({.vectors = vectors,
+                                .scalars = turned + (tile * depth + col) * count,
+                                .at = at,
+                                .depth = cols,
+                                .count = height,
+                                .sums = its_sums,
+                                .add = col > 0});
+        if (col + cols < depth) continue;
+        const size_t place = tile * count * outputs + first;
+        kernels_->finish_columns({.sums = its_sums,
+                                  .pitch = lanes,
+                                  .count = height,
+                                  .lanes = its_outputs,
+                                  .out = call.out + place,
+                                  .addend = call.addend == nullptr ? nullptr : call.addend + place,
+                                  .stride = outputs,
+                                  .scales = nullptr,
+                                  .bias = bias,
+                                  .low = call.low,
+                                  .high = call.high});
+      }
+    }
+  });
+}
+
+}  // namespace vqonnx

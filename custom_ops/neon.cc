@@ -1,0 +1,112 @@
+// The kernels for NEON, which every 64-bit ARM has. Everything is in unnamed namespaces except the table, see STYLE.md,
+// section 5.
+#include <arm_neon.h>
+
+#include "kernels.h"
+
+namespace vqonnx {
+namespace {
+
+struct Wide {
+  static constexpr std::size_t kLanes = 4;
+  static float32x4_t Load(const float* p) { return vld1q_f32(p); }
+  static void Store(float* p, float32x4_t a) { vst1q_f32(p, a); }
+  static float32x4_t Add(float32x4_t a, float32x4_t b) { return vaddq_f32(a, b); }
+  static float32x4_t Mul(float32x4_t a, float32x4_t b) { return vmulq_f32(a, b); }
+  static float32x4_t Set(float a) { return vdupq_n_f32(a); }
+  static float32x4_t MulAdd(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
+  // Not vmaxq and vminq, which tell the zeros apart.
+  static float32x4_t Max(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+  static float32x4_t Min(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+  static float32x4_t LoadPart(const float* p, std::size_t n) {
+    float lanes[kLanes] = {};
+    for (std::size_t i = 0; i < n; ++i) lanes[i] = p[i];
+    return Load(lanes);
+  }
+  static void StorePart(float* p, std::size_t n, float32x4_t a) {
+    float lanes[kLanes];
+    Store(lanes, a);
+    for (std::size_t i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+};
+using Middle = Wide;
+using Narrow = Wide;
+
+inline std::uint64_t LoadEight(const std::uint8_t* p) { return vget_lane_u64(vreinterpret_u64_u8(vld1_u8(p)), 0); }
+
+inline void UnpackOctet(std::uint64_t window, std::size_t bits, std::uint8_t* out) {
+  const std::uint64_t mask = (std::uint64_t{1} << bits) - 1;
+  for (std::size_t i = 0; i < kOctet; ++i) out[i] = static_cast<std::uint8_t>(window >> (i * bits) & mask);
+}
+
+constexpr std::size_t kTileVectors = 4, kTileCount = 6;  // 24 of 32 registers hold sums
+
+// Two squares of four rows.
+template <class Row>
+VQONNX_INLINE void LoadTurned(Row row, float32x4_t* out) {
+  VQONNX_UNROLL
+  for (std::size_t half = 0; half < 2; ++half) {
+    const float32x4_t a = vld1q_f32(row(0) + 4 * half), b = vld1q_f32(row(1) + 4 * half);
+    const float32x4_t c = vld1q_f32(row(2) + 4 * half), d = vld1q_f32(row(3) + 4 * half);
+    const float64x2_t ab_even = vreinterpretq_f64_f32(vtrn1q_f32(a, b)),
+                      ab_odd = vreinterpretq_f64_f32(vtrn2q_f32(a, b));
+    const float64x2_t cd_even = vreinterpretq_f64_f32(vtrn1q_f32(c, d)),
+                      cd_odd = vreinterpretq_f64_f32(vtrn2q_f32(c, d));
+    out[4 * half] = vreinterpretq_f32_f64(vtrn1q_f64(ab_even, cd_even));
+    out[4 * half + 1] = vreinterpretq_f32_f64(vtrn1q_f64(ab_odd, cd_odd));
+    out[4 * half + 2] = vreinterpretq_f32_f64(vtrn2q_f64(ab_even, cd_even));
+    out[4 * half + 3] = vreinterpretq_f32_f64(vtrn2q_f64(ab_odd, cd_odd));
+  }
+}
+
+// Sixteen words are four registers of bytes.
+struct WordTable {
+  static constexpr std::size_t kWords = 16;
+  explicit WordTable(const float* words) {
+    for (int i = 0; i < 4; ++i) bytes_.val[i] = vreinterpretq_u8_f32(vld1q_f32(words + 4 * i));
+  }
+  float32x4_t At(const std::uint8_t* codes) const {
+    const std::uint32_t four = static_cast<std::uint32_t>(codes[0]) | static_cast<std::uint32_t>(codes[1]) << 8 |
+                               static_cast<std::uint32_t>(codes[2]) << 16 | static_cast<std::uint32_t>(codes[3]) << 24;
+    const uint8x16_t all = vreinterpretq_u8_u32(vdupq_n_u32(four));
+    const uint8x16_t spread = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+    const uint8x16_t within = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3};
+    const uint8x16_t places = vaddq_u8(vshlq_n_u8(vqtbl1q_u8(all, spread), 2), within);
+    return vreinterpretq_f32_u8(vqtbl4q_u8(bytes_, places));
+  }
+  uint8x16x4_t bytes_;
+};
+
+bool DecodeScalarCodes(const Coded&, std::size_t, std::size_t, std::size_t, float, float*) { return false; }
+
+}  // namespace
+}  // namespace vqonnx
+
+#include "algorithms-inl.h"
+
+namespace vqonnx {
+
+const Kernels kNeon = {.name = "neon",
+                       .unpack = Unpack,
+                       .unpack_wide = UnpackWide,
+                       .decode_row = DecodeRow,
+                       .transpose = Transpose,
+                       .decode_panel = DecodePanel,
+                       .dot = DotProducts,
+                       .tile_lanes = kTileLanes,
+                       .tile_count = kTileCount,
+                       .tile_windows = TileWindows,
+                       .tile_positions = TilePositions,
+                       .single_lanes = kSingleLanes,
+                       .tile_single = TileSingle,
+                       .finish_rows = FinishRows,
+                       .finish_columns = FinishColumns,
+                       .finish_across = FinishAcross,
+                       .add_up = AddUp,
+                       .measure = nullptr,
+                       .quantise = nullptr,
+                       .build_tables = nullptr,
+                       .sum_tables = nullptr,
+                       .tables_pay = false};
+
+}  // namespace vqonnx

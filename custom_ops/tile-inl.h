@@ -1,0 +1,248 @@
+// Products of matrices in tiles that fit in registers, over the vocabulary of kernels-inl.h and, from `Wide`:
+//
+//   MulAdd(a, b, c)                 a * b + c
+//   Max(a, b), Min(a, b)            b where one of them is NaN
+//   LoadPart(p, n), StorePart(p, n, a)   the first n < kLanes lanes
+//   kTileVectors, kTileCount        the tile: so many vectors wide, so many rows high
+//
+// No include guard and no standard library on purpose: see STYLE.md, section 5.
+
+namespace vqonnx {
+namespace {
+
+constexpr std::size_t kTileLanes = kTileVectors * Wide::kLanes;
+static_assert(kTileCount * kTileLanes <= kMaxTileFloats);
+
+// One load for each scalar and vector, and kCount * kVectors multiplications: as long as all sums stay in registers,
+// the multiplications are what it costs.
+template <bool kWindows, std::size_t kVectors, std::size_t kCount>
+void MultiplyTile(const Tile& tile) {
+  using V = decltype(Wide::Set(0.0F));
+  V sums[kCount][kVectors];
+  VQONNX_UNROLL
+  for (std::size_t i = 0; i < kCount; ++i) {
+    VQONNX_UNROLL
+    for (std::size_t j = 0; j < kVectors; ++j) {
+      sums[i][j] = tile.add ? Wide::Load(tile.sums + i * kTileLanes + j * Wide::kLanes) : Wide::Set(0.0F);
+    }
+  }
+  for (std::size_t k = 0; k < tile.depth; ++k) {
+    const float* vectors = tile.vectors + (kWindows ? static_cast<std::ptrdiff_t>(k * kTileLanes) : tile.at[k]);
+    const float* scalars = tile.scalars + (kWindows ? tile.at[k] : static_cast<std::ptrdiff_t>(k));
+    V vector[kVectors];
+    VQONNX_UNROLL
+    for (std::size_t j = 0; j < kVectors; ++j) vector[j] = Wide::Load(vectors + j * Wide::kLanes);
+    VQONNX_UNROLL
+    for (std::size_t i = 0; i < kCount; ++i) {
+      const V scalar = Wide::Set(scalars[i * (kWindows ? 1 : kTilePitch)]);
+      VQONNX_UNROLL
+      for (std::size_t j = 0; j < kVectors; ++j) sums[i][j] = Wide::MulAdd(vector[j], scalar, sums[i][j]);
+    }
+  }
+  VQONNX_UNROLL
+  for (std::size_t i = 0; i < kCount; ++i) {
+    VQONNX_UNROLL
+    for (std::size_t j = 0; j < kVectors; ++j) {
+      Wide::Store(tile.sums + i * kTileLanes + j * Wide::kLanes, sums[i][j]);
+    }
+  }
+}
+
+template <bool kWindows, std::size_t kCount>
+void ChooseTile(const Tile& tile) {
+  if constexpr (kCount > 1) {
+    if (tile.count < kCount) return ChooseTile<kWindows, kCount - 1>(tile);
+  }
+  MultiplyTile<kWindows, kTileVectors, kCount>(tile);
+}
+
+void TileWindows(const Tile& tile) { ChooseTile<true, kTileCount>(tile); }
+void TilePositions(const Tile& tile) { ChooseTile<false, kTileCount>(tile); }
+
+constexpr std::size_t kSingleVectors = 8;  // enough sums for none to wait for itself
+constexpr std::size_t kSingleLanes = kSingleVectors * Wide::kLanes;
+void TileSingle(const Tile& tile) { MultiplyTile<false, kSingleVectors, 1>(tile); }
+
+// Blocks [0, blocks) of one stage for one vector of rows; `codes` of the rows are `stride` apart.
+template <bool kFirst, bool kLast, std::size_t kWidth, class Code>
+void TurnWordsOf(const Coded& m, const Code* codes, std::size_t stride, std::size_t stage, std::size_t group,
+                 std::size_t cols, decltype(Wide::Set(0.0F)) scale, float* out) {
+  using V = decltype(Wide::Set(0.0F));
+  const std::size_t width = kWidth ? kWidth : m.width;
+  const std::size_t book_size = m.words * width;
+  const float* const end = m.codebooks + (stage + 1) * m.books * book_size;
+  const float* book = m.codebooks + (stage * m.books + group % m.books) * book_size;
+  for (std::size_t block = 0; block * width < cols;
+       ++block, book = book + book_size == end ? end - m.books * book_size : book + book_size) {
+    for (std::size_t j = 0; j < width; j += 8) {
+      const std::size_t col = block * width + j;
+      V turned[8];
+      LoadTurned([&](std::size_t i) { return book + (codes[i * stride + block] * width + j); }, turned);
+      const std::size_t in_word = width - j < 8 ? width - j : 8;
+      const std::size_t count = col + in_word > cols ? (col < cols ? cols - col : 0) : in_word;
+      const auto put = [&](std::size_t i) {
+        float* to = out + (col + i) * kTileLanes;
+        V value = kFirst ? turned[i] : Wide::Add(Wide::Load(to), turned[i]);
+        if (kLast) value = Wide::Mul(value, scale);
+        Wide::Store(to, value);
+      };
+      if (count == 8) {
+        VQONNX_UNROLL
+        for (std::size_t i = 0; i < 8; ++i) put(i);
+      } else {
+        for (std::size_t i = 0; i < count; ++i) put(i);
+      }
+    }
+  }
+}
+
+template <bool kFirst, bool kLast, class Code>
+void TurnWords(const Coded& m, const Code* codes, std::size_t stride, std::size_t stage, std::size_t group,
+               std::size_t cols, decltype(Wide::Set(0.0F)) scale, float* out) {
+  if (m.width == 8) return TurnWordsOf<kFirst, kLast, 8>(m, codes, stride, stage, group, cols, scale, out);
+  TurnWordsOf<kFirst, kLast, 0>(m, codes, stride, stage, group, cols, scale, out);
+}
+
+void UnpackAny(const std::uint8_t* packed, std::size_t bytes, std::size_t bits, std::size_t count, std::uint8_t* out) {
+  Unpack(packed, bytes, bits, count, out);
+}
+void UnpackAny(const std::uint8_t* packed, std::size_t bytes, std::size_t bits, std::size_t count, std::uint16_t* out) {
+  UnpackWide(packed, bytes, bits, count, out);
+}
+
+template <class Code>
+void DecodePanelCodes(const Coded& m, std::size_t row, std::size_t rows, std::size_t group, std::size_t cols,
+                      const float* scales, float* out) {
+  alignas(64) Code codes[Wide::kLanes * kChunk];
+  for (std::size_t first = 0; first < kTileLanes && first < rows; first += Wide::kLanes) {
+    float its_scales[Wide::kLanes];
+    for (std::size_t i = 0; i < Wide::kLanes; ++i) its_scales[i] = scales[first + i < rows ? first + i : rows - 1];
+    const auto scale = Wide::Load(its_scales);
+    for (std::size_t done = 0; done * m.width < cols; done += kChunk) {
+      const std::size_t left = cols - done * m.width;
+      const std::size_t now = left < kChunk * m.width ? left : kChunk * m.width;
+      const std::size_t byte = (group + done) * m.bits / 8;
+      for (std::size_t stage = 0; stage < m.stages; ++stage) {
+        const std::size_t first_row = stage * m.rows + row + first;
+        const Code* its_codes = codes;
+        std::size_t stride = kChunk;
+        if (sizeof(Code) == 1 && m.bits == 8 && first + Wide::kLanes <= rows) {  // as they are stored
+          its_codes = reinterpret_cast<const Code*>(m.codes + first_row * m.row_bytes + byte);
+          stride = m.row_bytes;
+        } else {
+          for (std::size_t i = 0; i < Wide::kLanes; ++i) {  // the last row stands in for those that are not there
+            const std::size_t its_row = first_row + (first + i < rows ? i : rows - 1 - first);
+            const std::uint8_t* packed = m.codes + its_row * m.row_bytes + byte;
+            UnpackAny(packed, m.row_bytes - byte, m.bits, (now - 1) / m.width + 1, codes + i * kChunk);
+          }
+        }
+        float* to = out + done * m.width * kTileLanes + first;
+        if (m.stages == 1) {
+          TurnWords<true, true>(m, its_codes, stride, stage, group + done, now, scale, to);
+        } else if (stage == 0) {
+          TurnWords<true, false>(m, its_codes, stride, stage, group + done, now, scale, to);
+        } else if (stage + 1 < m.stages) {
+          TurnWords<false, false>(m, its_codes, stride, stage, group + done, now, scale, to);
+        } else {
+          TurnWords<false, true>(m, its_codes, stride, stage, group + done, now, scale, to);
+        }
+      }
+    }
+  }
+}
+
+void DecodePanel(const Coded& m, std::size_t row, std::size_t rows, std::size_t group, std::size_t cols,
+                 const float* scales, float* out) {
+  if (m.bits > 8) return DecodePanelCodes<std::uint16_t>(m, row, rows, group, cols, scales, out);
+  DecodePanelCodes<std::uint8_t>(m, row, rows, group, cols, scales, out);
+}
+
+// One row of the output, with one scale and bias for all of it, or one for each value.
+// `lanes` is f.lanes, as a constant where it is the usual one.
+template <bool kOne, bool kScaled, bool kAdds>
+VQONNX_INLINE void FinishRow(const Finish& f, std::size_t lanes, const float* sums, const float* scales,
+                             const float* bias, std::size_t at) {
+  using V = decltype(Wide::Set(0.0F));
+  const V low = Wide::Set(f.low), high = Wide::Set(f.high);
+  const V one_scale = Wide::Set(kOne && kScaled ? *scales : 1.0F), one_bias = Wide::Set(kOne ? *bias : 0.0F);
+  float* out = f.out + at;
+  std::size_t j = 0;
+  for (; j + Wide::kLanes <= lanes; j += Wide::kLanes) {
+    V value = Wide::Load(sums + j);
+    if (kScaled) value = Wide::Mul(value, kOne ? one_scale : Wide::Load(scales + j));
+    value = Wide::Add(value, kOne ? one_bias : Wide::Load(bias + j));
+    if (kAdds) value = Wide::Add(value, Wide::Load(f.addend + at + j));
+    Wide::Store(out + j, Wide::Min(high, Wide::Max(low, value)));
+  }
+  if (j == lanes) return;
+  const std::size_t rest = lanes - j;
+  V value = Wide::LoadPart(sums + j, rest);
+  if (kScaled) value = Wide::Mul(value, kOne ? one_scale : Wide::LoadPart(scales + j, rest));
+  value = Wide::Add(value, kOne ? one_bias : Wide::LoadPart(bias + j, rest));
+  if (kAdds) value = Wide::Add(value, Wide::LoadPart(f.addend + at + j, rest));
+  Wide::StorePart(out + j, rest, Wide::Min(high, Wide::Max(low, value)));
+}
+
+template <bool kOne, bool kScaled, bool kAdds>
+void FinishEach(const Finish& f) {
+  for (std::size_t i = 0; i < f.count; ++i) {
+    const std::size_t own = kOne ? i : 0;
+    const float* sums = f.sums + i * f.pitch;
+    const float* scales = kScaled ? f.scales + own : nullptr;
+    if (f.lanes == kTileLanes) {
+      FinishRow<kOne, kScaled, kAdds>(f, kTileLanes, sums, scales, f.bias + own, i * f.stride);
+    } else {
+      FinishRow<kOne, kScaled, kAdds>(f, f.lanes, sums, scales, f.bias + own, i * f.stride);
+    }
+  }
+}
+
+template <bool kOne>
+void FinishAny(const Finish& f) {
+  if (f.scales != nullptr)
+    return f.addend != nullptr ? FinishEach<kOne, true, true>(f) : FinishEach<kOne, true, false>(f);
+  f.addend != nullptr ? FinishEach<kOne, false, true>(f) : FinishEach<kOne, false, false>(f);
+}
+
+void FinishRows(const Finish& f) { FinishAny<true>(f); }
+void FinishColumns(const Finish& f) { FinishAny<false>(f); }
+
+void FinishAcross(const Finish& f) {
+  using V = decltype(Wide::Set(0.0F));
+  const V low = Wide::Set(f.low), high = Wide::Set(f.high);
+  for (std::size_t first = 0; first < f.count; first += Wide::kLanes) {
+    const std::size_t count = f.count - first < Wide::kLanes ? f.count - first : Wide::kLanes;
+    const float* rows[Wide::kLanes];  // the last one stands in for those that are not there
+    for (std::size_t i = 0; i < Wide::kLanes; ++i) rows[i] = f.sums + (first + (i < count ? i : count - 1)) * f.pitch;
+    for (std::size_t j = 0; j < f.lanes; j += 8) {
+      V turned[8];
+      LoadTurned([&](std::size_t i) { return rows[i] + j; }, turned);
+      const std::size_t end = f.lanes - j < 8 ? f.lanes - j : 8;
+      for (std::size_t i = 0; i < end; ++i) {
+        V value = turned[i];
+        const std::size_t at = (j + i) * f.stride + first;
+        if (f.scales != nullptr) value = Wide::Mul(value, Wide::Set(f.scales[j + i]));
+        value = Wide::Add(value, Wide::Set(f.bias[j + i]));
+        if (f.addend != nullptr) value = Wide::Add(value, Wide::LoadPart(f.addend + at, count));
+        Wide::StorePart(f.out + at, count, Wide::Min(high, Wide::Max(low, value)));
+      }
+    }
+  }
+}
+
+void AddUp(const float* from, std::size_t stride, std::size_t count, std::size_t size, float* out) {
+  std::size_t j = 0;
+  for (; j + Wide::kLanes <= size; j += Wide::kLanes) {
+    auto sum = Wide::Load(from + j);
+    for (std::size_t i = 1; i < count; ++i) sum = Wide::Add(sum, Wide::Load(from + i * stride + j));
+    Wide::Store(out + j, sum);
+  }
+  for (; j < size; ++j) {
+    float sum = from[j];
+    for (std::size_t i = 1; i < count; ++i) sum += from[i * stride + j];
+    out[j] = sum;
+  }
+}
+
+}  // namespace
+}  // namespace vqonnx

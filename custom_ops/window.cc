@@ -1,0 +1,124 @@
+#include "window.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+namespace vqonnx {
+namespace {
+
+using std::size_t;
+
+constexpr std::int64_t kMost = std::int64_t{1} << 30;  // sums and products of a few such numbers do not overflow
+
+void CheckValues(const char* name, std::span<const std::int64_t> values, size_t count, std::int64_t least) {
+  if (values.size() != count) {
+    throw Invalid(std::string(name) + " are " + Text(values) + "; there must be " + Text(count));
+  }
+  for (const std::int64_t value : values) {
+    if (value < least || value > kMost) {
+      throw Invalid(std::string(name) + " are " + Text(values) + "; each must be " + Text(least) + " to " +
+                    Text(kMost));
+    }
+  }
+}
+
+}  // namespace
+
+Window::Window(std::span<const std::int64_t> sizes, std::span<const std::int64_t> strides,
+               std::span<const std::int64_t> dilations, std::span<const std::int64_t> pads) {
+  const size_t axes = sizes.size();
+  CheckValues("kernel sizes", sizes, axes, 1);
+  CheckValues("strides", strides, axes, 1);
+  CheckValues("dilations", dilations, axes, 1);
+  CheckValues("pads", pads, 2 * axes, 0);
+  for (size_t i = 0; i < axes; ++i) {
+    const size_t axis = i + 2 - axes;
+    kernel[axis] = static_cast<size_t>(sizes[i]);
+    stride[axis] = static_cast<size_t>(strides[i]);
+    dilation[axis] = static_cast<size_t>(dilations[i]);
+    begin[axis] = static_cast<size_t>(pads[i]);
+    end[axis] = static_cast<size_t>(pads[axes + i]);
+  }
+}
+
+Grid::Grid(const Window& w, size_t image_rows, size_t image_cols)
+    : window_(w), image_rows_(image_rows), image_cols_(image_cols) {
+  const std::array<size_t, 2> image = {image_rows, image_cols};
+  std::array<size_t, 2> out, size;
+  std::array<std::vector<size_t>, 2> remainders;  // which ones the taps need, in the order of the phases
+  for (size_t axis = 0; axis < 2; ++axis) {
+    if (image[axis] > static_cast<size_t>(kMost))
+      throw Invalid("an image axis of " + Text(image[axis]) + " is too long");
+    const size_t reach = (w.kernel[axis] - 1) * w.dilation[axis] + 1;
+    const size_t padded = image[axis] + w.begin[axis] + w.end[axis];
+    if (image[axis] == 0 || padded < reach) {
+      throw Invalid("an image axis of " + Text(image[axis]) + ", padded to " + Text(padded) +
+                    ", is shorter than the window's " + Text(reach));
+    }
+    out[axis] = (padded - reach) / w.stride[axis] + 1;
+    size[axis] = out[axis] + (reach - 1) / w.stride[axis];
+    for (size_t k = 0; k < w.kernel[axis]; ++k) {
+      const size_t remainder = k * w.dilation[axis] % w.stride[axis];
+      if (std::find(remainders[axis].begin(), remainders[axis].end(), remainder) == remainders[axis].end()) {
+        remainders[axis].push_back(remainder);
+      }
+    }
+  }
+  out_rows = out[0];
+  out_cols = out[1];
+  rows = size[0];
+  cols = size[1];
+  for (const size_t row : remainders[0]) {
+    for (const size_t col : remainders[1]) phases_.push_back({row, col});
+  }
+  const std::optional<size_t> picture = Times(rows, cols);
+  const std::optional<size_t> floats = picture ? Times(*picture, phases_.size()) : picture;
+  if (!floats || !Times(*floats, sizeof(float))) throw Invalid("an image plane of this size does not fit in memory");
+  plane = *floats;
+  for (size_t y = 0; y < w.kernel[0]; ++y) {
+    for (size_t x = 0; x < w.kernel[1]; ++x) {
+      const size_t row = y * w.dilation[0], col = x * w.dilation[1];
+      const auto place = [](const std::vector<size_t>& all, size_t remainder) {
+        return static_cast<size_t>(std::find(all.begin(), all.end(), remainder) - all.begin());
+      };
+      const size_t phase =
+          place(remainders[0], row % w.stride[0]) * remainders[1].size() + place(remainders[1], col % w.stride[1]);
+      taps.push_back(phase * rows * cols + row / w.stride[0] * cols + col / w.stride[1]);
+    }
+  }
+  direct_ = phases_.size() == 1 && w.stride[0] == 1 && w.stride[1] == 1 && rows == image_rows && cols == image_cols &&
+            w.begin[0] + w.begin[1] == 0;
+}
+
+void Grid::Lay(const float* image, float* out) const {
+  for (const Phase& phase : phases_) {
+    // Columns [first, last) of the phase are in the image.
+    const size_t step = window_.stride[1];
+    const size_t pad = window_.begin[1];
+    const size_t first = std::min(cols, pad > phase.col ? (pad - phase.col + step - 1) / step : 0);
+    const size_t beyond = image_cols_ + pad;
+    const size_t last =
+        std::max(first, std::min(cols, beyond > phase.col ? (beyond - phase.col + step - 1) / step : 0));
+    for (size_t y = 0; y < rows; ++y, out += cols) {
+      const size_t padded = y * window_.stride[0] + phase.row;
+      const bool inside = padded >= window_.begin[0] && padded - window_.begin[0] < image_rows_;
+      if (!inside || first == last) {
+        std::fill(out, out + cols, 0.0F);
+        continue;
+      }
+      std::fill(out, out + first, 0.0F);
+      std::fill(out + last, out + cols, 0.0F);
+      const float* from = image + (padded - window_.begin[0]) * image_cols_ + (first * step + phase.col - pad);
+      if (step == 1) {
+        std::memcpy(out + first, from, (last - first) * sizeof(float));
+      } else if (step == 2) {  // a known distance, for the compiler
+        for (size_t x = first; x < last; ++x) out[x] = from[(x - first) * 2];
+      } else {
+        for (size_t x = first; x < last; ++x) out[x] = from[(x - first) * step];
+      }
+    }
+  }
+}
+
+}  // namespace vqonnx

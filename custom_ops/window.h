@@ -1,0 +1,57 @@
+// What a convolution's window does to an image: sizes, and the image laid out so that the outputs of a row take
+// neighbouring values, whatever the strides, dilations and pads.
+#ifndef VQONNX_WINDOW_H_
+#define VQONNX_WINDOW_H_
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "tensor.h"
+
+namespace vqonnx {
+
+// Along rows, then along columns; a 1-D convolution is one of a single row.
+struct Window {
+  std::array<std::size_t, 2> kernel = {1, 1}, stride = {1, 1}, dilation = {1, 1}, begin = {0, 0}, end = {0, 0};
+
+  // From attributes, which have one value (pads: two) for each of `kernel`'s one or two axes. Throws Invalid.
+  Window(std::span<const std::int64_t> kernel, std::span<const std::int64_t> strides,
+         std::span<const std::int64_t> dilations, std::span<const std::int64_t> pads);
+};
+
+// The window over images of one size.
+//
+// A channel's plane is cut into phases: the padded image's values whose row and column leave the same remainders after
+// division by the strides, each phase a picture of `rows` by `cols`. The output at (y, x) takes for tap t the value
+// `taps[t]` behind y * cols + x of the channel's plane.
+class Grid {
+ public:
+  Grid(const Window& window, std::size_t image_rows, std::size_t image_cols);  // throws Invalid: the image is too small
+
+  std::size_t out_rows, out_cols;
+  std::size_t rows, cols;  // of each phase
+  std::size_t plane;       // floats of a channel, all phases together
+  std::vector<std::size_t> taps;
+
+  // Whether the image is its own only phase, so that it can be read where it is.
+  bool direct() const { return direct_; }
+
+  // One channel's plane from its image.
+  void Lay(const float* image, float* plane) const;
+
+ private:
+  struct Phase {
+    std::size_t row, col;
+  };
+  Window window_;
+  std::size_t image_rows_, image_cols_;
+  std::vector<Phase> phases_;
+  bool direct_;
+};
+
+}  // namespace vqonnx
+
+#endif  // VQONNX_WINDOW_H_
