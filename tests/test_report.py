@@ -30,6 +30,7 @@ LAYER_KEYS = [
     "weight_snr_db",
     "output_snr_db",
     "multiplications",
+    "fused",
 ]
 
 
