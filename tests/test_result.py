@@ -21,7 +21,7 @@ import pytest
 import vqonnx
 import vqonnx.result as result_module
 from vqonnx import modelfile
-from vqonnx.bench import _measure_apart
+from vqonnx.bench import measure_memory
 from vqonnx.errors import InputError, ModelError, OptionError, VerifyError, VqonnxError
 from vqonnx.form import Coded
 from vqonnx.method import Layer, Method, blocks_of
@@ -269,8 +269,8 @@ def test_codes_stay_codes_in_memory_only_with_the_library(tmp_path: Path) -> Non
     codes = 4 * 2560 * 160  # 320 codes of 4 bits a row
     assert codes < result.save(path, verify=False).bytes < codes + 10_000
     feed = {"h0": np.zeros((1, 2560), np.float32)}
-    alone, _ = _measure_apart(path, False, 1, feed)
-    library, _ = _measure_apart(path, True, 1, feed)
+    alone, _ = measure_memory(path, False, 1, feed)
+    library, _ = measure_memory(path, True, 1, feed)
     assert alone is not None
     assert library is not None
     assert 80 < alone < 1000, f"{alone} MB without the library"
