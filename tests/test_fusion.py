@@ -90,6 +90,10 @@ FUSES: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "two branches, the other way": (
         f"{IMAGE} {{ a = Conv {SAME} (x, w)  c = Conv {SAME} (x, v)  y = Add (a, c) }}",
+        {"w": "ConvAdd", "v": "Conv"},
+    ),
+    "two branches, one of which is read twice": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w)  c = Conv {SAME} (x, v)  s = Add (a, c)  y = Add (s, a) }}",
         {"w": "Conv", "v": "ConvAdd"},
     ),
     "residual that comes later": (

@@ -34,29 +34,51 @@ BY_DEFAULT = False
 _FLOAT_LIMITS = np.finfo(np.float32)
 
 
+# Nodes that follow a layer, further inputs of the op, and what the note must say of them.
+_Tail = tuple[tuple[NodeProto, ...], tuple[str, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A layer whose weight is one Decode.
+
+    Attributes:
+        decode: Yields the weight.
+        node: Reads it.
+        missing: Attributes that the op needs and the node does not have.
+        bias: Name of the bias; None where the op has none.
+        origin: What the note must say of the bias.
+    """
+
+    decode: NodeProto
+    node: NodeProto
+    missing: dict[str, Any]
+    bias: str | None
+    origin: dict[str, Any]
+
+
 @dataclass(frozen=True, eq=False)
 class _Group:
     """Nodes that one op takes the place of.
 
     Attributes:
-        decode: Yields the weight.
-        layer: Reads it.
+        layer: The layer and its Decode.
         tail: What follows, first to last.
         op: The op.
-        bias: Name of the bias; None where the op has none.
-        origin: The note from which the nodes are made again, but for places, names and texts.
-        handed_on: Attributes that the op needs and the layer does not have.
+        origin: What the note must say besides weight, places, names and texts.
         further: Inputs of the op behind the bias.
     """
 
-    decode: NodeProto
-    layer: NodeProto
+    layer: _Layer
     tail: tuple[NodeProto, ...]
     op: FusedOp
-    bias: str | None
     origin: dict[str, Any]
-    handed_on: dict[str, Any]
     further: tuple[str, ...]
+
+    @property
+    def nodes(self) -> list[NodeProto]:
+        """Decode, the layer, and what follows."""
+        return [self.layer.decode, self.layer.node, *self.tail]
 
 
 def is_fused(asked: bool | None, target: Target) -> bool:
@@ -87,8 +109,8 @@ def fuse_layers(model: ModelProto, folder: Path) -> dict[str, str]:
         return {}
     before = {name for node in graph.nodes for name in node_reads(node)}
     place = {id(node): position for position, node in enumerate(graph.nodes)}
-    instead = {id(group.tail[-1] if group.tail else group.layer): _node(group, place) for group in groups}
-    gone = {id(node) for group in groups for node in (group.decode, group.layer, *group.tail)} - set(instead)
+    instead = {id(group.nodes[-1]): _node(group, place) for group in groups}
+    gone = {id(node) for group in groups for node in group.nodes} - set(instead)
     set_nodes(model.graph, [instead.get(id(node), node) for node in graph.nodes if id(node) not in gone])
     after = {name for node in model.graph.node for name in node_reads(node)}
     model.graph.initializer.extend(tensor for name, tensor in graph.writer.constants.items() if name in after)
@@ -98,37 +120,37 @@ def fuse_layers(model: ModelProto, folder: Path) -> dict[str, str]:
     if any(function.domain == DOMAIN for function in model.functions):
         names = sorted({group.op.name for group in groups})
         model.functions.extend(FUSED[name].function(graph.opset) for name in names)
-    return {group.decode.output[0]: group.op.name for group in groups}
+    return {group.layer.node.input[1]: group.op.name for group in groups}
 
 
 def _node(group: _Group, place: dict[int, int]) -> NodeProto:
     """The op's node, which keeps the name and texts of the layer."""
-    nodes = [group.decode, group.layer, *group.tail]
-    others = [group.decode, *group.tail]
+    layer, decode = group.layer, group.layer.decode
+    others = [decode, *group.tail]
     names = tuple(node.name for node in others)
     origin = Origin(
-        weight=group.decode.output[0],
-        places=tuple(place[id(node)] for node in nodes),
-        values=tuple(node.output[0] for node in nodes[1:-1]),
+        weight=decode.output[0],
+        places=tuple(place[id(node)] for node in group.nodes),
+        values=tuple(node.output[0] for node in group.nodes[1:-1]),
         names=names if any(names) else (),
-        added=tuple(group.handed_on),
+        added=tuple(layer.missing),
         texts=texts_of(others),
         **group.origin,
     )
     node = NodeProto()
-    node.CopyFrom(group.layer)
+    node.CopyFrom(layer.node)
     node.op_type, node.domain = group.op.name, DOMAIN
     del node.input[:], node.output[:]
-    bias = [] if group.bias is None else [group.bias]
-    node.input.extend([group.layer.input[0], *group.decode.input, *bias, *group.further])
-    node.output.append(nodes[-1].output[0])
-    node.attribute.extend(_ints(name, value) for name, value in group.handed_on.items())
-    node.attribute.extend(group.decode.attribute)
+    bias = [] if layer.bias is None else [layer.bias]
+    node.input.extend([layer.node.input[0], *decode.input, *bias, *group.further])
+    node.output.append(group.nodes[-1].output[0])
+    node.attribute.extend(_attribute(name, value) for name, value in layer.missing.items())
+    node.attribute.extend(decode.attribute)
     node.metadata_props.add(key=KEY, value=origin.to_json())
     return node
 
 
-def _ints(name: str, value: int | Sequence[int]) -> AttributeProto:
+def _attribute(name: str, value: int | Sequence[int]) -> AttributeProto:
     kind = AttributeProto.INT if isinstance(value, int) else AttributeProto.INTS
     return helper.make_attribute(name, value, attr_type=kind)
 
@@ -151,15 +173,10 @@ class _Graph:
                 self._decodes[node.output[0]] = node, shape
 
     def groups(self) -> list[_Group]:
-        """What can be fused. Of two layers whose outputs are added, the later one takes in the sum."""
-        found: list[_Group] = []
-        taken: set[int] = set()
-        for node in reversed(self.nodes):
-            group = self._group(node, taken)
-            if group is not None:
-                taken.update(map(id, group.tail))
-                found.append(group)
-        return found[::-1]
+        """What can be fused, in order."""
+        layers = {node.output[0]: layer for node in self.nodes if (layer := self._layer(node)) is not None}
+        convs = {name for name, layer in layers.items() if layer.node.op_type == "Conv"}
+        return [self._group(layer, convs) for layer in layers.values()]
 
     @cached_property
     def _shapes(self) -> dict[str, Shape]:
@@ -179,53 +196,45 @@ class _Graph:
             return None
         return tuple(sizes[axis] for axis in perm)
 
-    def _group(self, layer: NodeProto, taken: set[int]) -> _Group | None:
-        if layer.domain or layer.op_type not in HANDED_ON or len(layer.input) < 2:
+    def _layer(self, layer: NodeProto) -> _Layer | None:
+        """The layer and its Decode, if they can be fused."""
+        if layer.domain or layer.op_type not in HANDED_ON or len(layer.input) < 2 or len(layer.output) != 1:
             return None
         decode, shape = self._decodes.get(layer.input[1], (None, ()))
         if decode is None or self._only_reader(layer.input[1]) is not layer or layer.input[0] == layer.input[1]:
             return None
         if any(attribute.ref_attr_name for attribute in layer.attribute):
             return None
-        plain = attributes(layer)
-        handed_on: dict[str, Any] | None
-        bias: tuple[str, dict[str, Any]] | None
+        given = attributes(layer)
+        handed_on: dict[str, Any] | None = None
         if layer.op_type == "Conv":
-            handed_on = conv_attributes(plain, shape, lambda: self._shapes.get(layer.input[0]))
-            bias = self._conv_bias(layer, shape[0])
-        elif layer.op_type == "Gemm":
-            usual = plain.get("alpha", 1.0) == plain.get("beta", 1.0) == 1.0 and not plain.get("transA", 0)
-            handed_on = {"transB": int(plain.get("transB", 0))} if usual and len(shape) == 2 else None
-            bias = self._gemm_bias(layer, shape[0 if plain.get("transB", 0) else -1])
-        else:
-            handed_on, bias = ({} if len(shape) == 2 else None), ("", {})
-        if handed_on is None or bias is None:
+            handed_on = conv_attributes(given, shape, lambda: self._shapes.get(layer.input[0]))
+        elif len(shape) == 2 and layer.op_type == "MatMul":
+            handed_on = {}
+        elif len(shape) == 2 and given.get("alpha", 1.0) == given.get("beta", 1.0) == 1.0 and not given.get("transA"):
+            handed_on = {"transB": int(given.get("transB", 0))}
+        if handed_on is None:
             return None
-        tail, further, more = self._tail(layer, taken)
-        op = FusedOp(layer.op_type, tuple(node.op_type for node in tail))
-        missing = {name: value for name, value in handed_on.items() if name not in plain}
-        return _Group(decode, layer, tail, op, bias[0] or None, {**bias[1], **more}, missing, further)
+        bias = self._bias(layer, shape)
+        missing = {name: value for name, value in handed_on.items() if name not in given}
+        return None if bias is None else _Layer(decode, layer, missing, *bias)
 
-    def _only_reader(self, name: str) -> NodeProto | None:
-        """The node of the main graph that is all that reads a value, once; None if there is more, or less."""
-        uses = self._scope.uses.get(name, [])
-        if len(uses) != 1 or uses[0].scope is not self._scope or name in self._scope.outputs:
-            return None
-        return uses[0].node
+    def _group(self, layer: _Layer, convs: set[str]) -> _Group:
+        tail, further, more = self._tail(layer.node, convs)
+        op = FusedOp(layer.node.op_type, tuple(node.op_type for node in tail))
+        return _Group(layer, tail, op, {**layer.origin, **more}, further)
 
-    def _conv_bias(self, layer: NodeProto, outputs: int) -> tuple[str, dict[str, Any]]:
-        if len(layer.input) > 2 and layer.input[2]:
-            return layer.input[2], {}
-        return self._zeros(layer, outputs)
-
-    def _zeros(self, layer: NodeProto, outputs: int) -> tuple[str, dict[str, Any]]:
-        return self.writer.constant(np.zeros(outputs, np.float32)), {"bias": tuple(layer.input[2:])}
-
-    def _gemm_bias(self, layer: NodeProto, outputs: int) -> tuple[str, dict[str, Any]] | None:
-        """A bias of one value for each output, and how it was given; None if it is not one value for each."""
+    def _bias(self, layer: NodeProto, weight: tuple[int, ...]) -> tuple[str | None, dict[str, Any]] | None:
+        """Name of a bias of one value for each output, and what the note must say of it; None if it is another."""
+        if layer.op_type == "MatMul":
+            return None, {}
+        outputs_last = layer.op_type == "Gemm" and not attributes(layer).get("transB", 0)
+        outputs = weight[-1 if outputs_last else 0]
         if len(layer.input) < 3 or not layer.input[2]:
-            return self._zeros(layer, outputs)
+            return self.writer.constant(np.zeros(outputs, np.float32)), {"bias": tuple(layer.input[2:])}
         name = layer.input[2]
+        if layer.op_type == "Conv":
+            return name, {}
         values = self._constant(name)
         if values is None:
             return (name, {}) if self._shapes.get(name) == (outputs,) else None
@@ -236,16 +245,26 @@ class _Graph:
         each = np.broadcast_to(values.reshape(-1), outputs)
         return self.writer.constant(each), {"bias": (name,), "bias_shape": values.shape}
 
+    def _only_reader(self, name: str) -> NodeProto | None:
+        """The node of the main graph that is all that reads a value, once; None if there is more, or less."""
+        uses = self._scope.uses.get(name, [])
+        if len(uses) != 1 or uses[0].scope is not self._scope or name in self._scope.outputs:
+            return None
+        return uses[0].node
+
     def _constant(self, name: str) -> NDArray[Any] | None:
         """The values of a constant that nobody can feed."""
         if name in self._scope.initializers and name not in self._fixed:
             return None
         return constant_value(self._scope, name, self._folder)
 
-    def _tail(self, layer: NodeProto, taken: set[int]) -> tuple[tuple[NodeProto, ...], tuple[str, ...], dict[str, Any]]:
-        """What follows a layer and is computed with it, its further inputs, and what the note must say of it."""
-        nothing: tuple[tuple[NodeProto, ...], tuple[str, ...], dict[str, Any]] = (), (), {}
-        first = self._follower(layer.output[0], taken)
+    def _tail(self, layer: NodeProto, convs: set[str]) -> _Tail:
+        """What follows a layer and is computed with it, its further inputs, and what the note must say of it.
+
+        Of two convolutions (outputs in ``convs``) that are added, the first summand takes the sum, as in onnxruntime.
+        """
+        nothing: _Tail = (), (), {}
+        first = self._follower(layer.output[0])
         if first is None or layer.op_type == "MatMul":
             return nothing
         if first.op_type == "Relu":
@@ -256,18 +275,18 @@ class _Graph:
         if layer.op_type == "Conv" and first.op_type == "Add" and len(first.input) == 2:
             swapped = first.input[1] == layer.output[0]
             residual = first.input[0 if swapped else 1]
-            if not self._equal_shapes(layer.output[0], residual):
+            takes = swapped and residual in convs and self._follower(residual) is first
+            if takes or not self._equal_shapes(layer.output[0], residual):
                 return nothing
-            second = self._follower(first.output[0], taken)
+            second = self._follower(first.output[0])
             relu = (second,) if second is not None and second.op_type == "Relu" else ()
             return (first, *relu), (residual,), {"swapped": True} if swapped else {}
         return nothing
 
-    def _follower(self, name: str, taken: set[int]) -> NodeProto | None:
+    def _follower(self, name: str) -> NodeProto | None:
+        """The only reader of a value, if it is a plain operator."""
         node = self._only_reader(name)
-        if node is None or id(node) in taken or node.domain or node.attribute or len(node.output) != 1:
-            return None
-        return node
+        return None if node is None or node.domain or node.attribute or len(node.output) != 1 else node
 
     def _limits(self, clip: NodeProto) -> tuple[tuple[str, ...], dict[str, Any]] | None:
         """Names of a Clip's constant limits; one that is not given is made."""
