@@ -109,6 +109,10 @@ FUSES: dict[str, tuple[str, dict[str, str]]] = {
     "a constant summand": (f"{IMAGE} {{ a = Conv {SAME} (x, w)  y = Add (a, channel) }}", {"w": "Conv"}),
     "sigmoid": (f"{IMAGE} {{ a = Conv {SAME} (x, w, b)  y = Sigmoid (a) }}", {"w": "Conv"}),
     "clip": (f"{IMAGE} {{ a = Conv {SAME} (x, w, b)  y = Clip (a, low, top) }}", {"w": "ConvClip"}),
+    "clip at numbers in lists": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w, b)  y = Clip (a, lows, top) }}",
+        {"w": "ConvClip"},
+    ),
     "clip from below": (f"{IMAGE} {{ a = Conv {SAME} (x, w, b)  y = Clip (a, low) }}", {"w": "ConvClip"}),
     "clip from above": (f'{IMAGE} {{ a = Conv {SAME} (x, w, b)  y = Clip (a, "", top) }}', {"w": "ConvClip"}),
     "clip of nothing": (f"{IMAGE} {{ a = Conv {SAME} (x, w, b)  y = Clip (a) }}", {"w": "ConvClip"}),
@@ -168,6 +172,7 @@ ARRAYS: dict[str, Array] = {
     "stack": numbers((2, 6, 4), 11),
     "channel": numbers((4, 1, 1), 12),
     "low": np.array(-1, np.float32),
+    "lows": np.array([-1], np.float32),
     "top": np.array(2, np.float32),
 }
 SIZES = {"N": 2, "M": 3}

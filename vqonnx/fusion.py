@@ -295,7 +295,7 @@ class _Graph:
         for place, least in enumerate((_FLOAT_LIMITS.min, _FLOAT_LIMITS.max)):
             if place < len(given) and given[place]:
                 values = self._constant(given[place])
-                if values is None or values.shape != () or values.dtype != np.float32:
+                if values is None or values.shape not in ((), (1,)) or values.dtype != np.float32:
                     return None
                 names.append(given[place])
             else:
