@@ -88,19 +88,19 @@ def test_memory_is_that_of_the_weights(tmp_path: Path) -> None:
     path = tmp_path / "heavy.onnx"
     path.write_bytes(heavy())
     feed = {"x": np.ones(1, np.float32)}
-    loaded, peak = bench_module._measure_apart(path, False, 1, feed)
+    loaded, peak = bench_module.measure_memory(path, False, 1, feed)
     assert loaded is not None
     assert peak is not None
     assert MEGABYTES * 0.9 < loaded < MEGABYTES * 6, loaded
     assert peak >= loaded
-    light, _ = bench_module._measure_apart(ONCE, False, 1, {"x": np.ones((1, 64), np.float32)})
+    light, _ = bench_module.measure_memory(ONCE, False, 1, {"x": np.ones((1, 64), np.float32)})
     assert light is not None
     assert light < MEGABYTES / 4
 
 
 def test_a_failure_in_the_other_process_is_told(tmp_path: Path) -> None:
     with pytest.raises(VqonnxError, match=r"gone\.onnx: memory was not measured: .*gone\.onnx"):
-        bench_module._measure_apart(tmp_path / "gone.onnx", False, 1, {})
+        bench_module.measure_memory(tmp_path / "gone.onnx", False, 1, {})
 
 
 def test_memory_is_known_without_proc_or_psutil(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,7 +25,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def modules() -> Iterator[dict[str, ModuleType]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        yield {name: importlib.import_module(name) for name in ("common", "lenet", "gong")}
+        yield {name: importlib.import_module(name) for name in ("common", "lenet", "gong", "speed")}
 
 
 @pytest.fixture
@@ -144,3 +146,69 @@ def test_what_would_grow_is_left_alone(lenet: ModuleType, gong: ModuleType, tmp_
     made_smaller = 4 * (300 * 784 / alone[0].paper_rate + 100 * 300 / alone[1].paper_rate)
     assert whole.paper_rate == pytest.approx(4 * 266_200 / (made_smaller + 4 * 1000), abs=0.01), "what is left counts"
     assert bench.measure(gong.Setting("RQ", 256, stages=4)) == []
+
+
+# Speed
+
+
+@pytest.fixture
+def speed(modules: dict[str, ModuleType]) -> ModuleType:
+    return modules["speed"]
+
+
+def errors(speed: ModuleType, ways: dict[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = speed._errors({name: speed.open_way(way, 1) for name, way in ways.items()})
+    return found
+
+
+def test_gemms_of_all_formats_compute_the_same(speed: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("speed_models"), "_COLD", 3 * 64 * 96)
+    ways = speed.gemm_ways(64, 96, 2, cold=True)
+    assert {name: way.layers for name, way in ways.items()} == {"vqonnx": 24, "fp32": 1, "int8": 3, "int4": 6}
+    assert [node.op_type for node in onnx.load_from_string(ways["vqonnx"].model).graph.node] == ["Gemm"] * 24
+    found = errors(speed, ways)
+    assert found["vqonnx"] < 3e-4
+    assert 1e-4 < found["int8"] < 0.05
+    assert 0.01 < found["int4"] < 0.2
+
+
+@pytest.mark.parametrize(("order", "width", "precision"), [("hwi", 8, None), ("ihw", 9, "exact")])
+def test_convolutions_of_all_formats_compute_the_same(
+    order: str, width: int, precision: str | None, speed: ModuleType
+) -> None:
+    ways = speed.conv_ways(16, 8, 3, 6, width=width, order=order, precision=precision)
+    (node,) = onnx.load_from_string(ways["vqonnx"].model).graph.node
+    assert (node.op_type, node.domain) == ("Conv", "vqonnx")
+    assert [a.s.decode() for a in node.attribute if a.name == "precision"] == ([precision] if precision else [])
+    found = errors(speed, ways)
+    assert found["vqonnx"] < (1e-5 if precision else 3e-4)
+    assert 1e-4 < found["static int8"] < 0.1
+
+
+def test_times_are_of_one_layer(speed: ModuleType) -> None:
+    ways = speed.gemm_ways(256, 256, 4, cold=False)
+    sessions = {name: speed.open_way(way, 1) for name, way in ways.items()}
+    timing = speed.time_in_turn(sessions, dict.fromkeys(ways, 1), speed._feed, threads=1, rounds=3)
+    halves = speed.time_in_turn(sessions, dict.fromkeys(ways, 2), speed._feed, threads=1, rounds=3)
+    assert set(timing.microseconds) == set(ways)
+    assert set(timing.ratios) == {"fp32", "int8", "int4"}
+    assert all(0.1 < value < 1e5 for value in timing.microseconds.values())
+    assert halves.microseconds["fp32"] < timing.microseconds["fp32"]
+
+
+def test_the_table_of_speeds(speed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "RESULTS", tmp_path)
+    assert len({case.name for case in speed.CASES}) == len(speed.CASES)
+    times = {"vqonnx": 10.0, "fp32": 100.0, "int4": 21.0}
+    content = {"microseconds": times, "ratios": {"fp32": 10.0, "int4": 2.1}, "setting": "somewhere"}
+    (tmp_path / "gemm-1000x2048-batch1-hot.json").write_text(json.dumps(content))
+    memory = {"megabytes": {"vqonnx": 7.5, "fp32": 110.0}, "setting": "somewhere"}
+    (tmp_path / "resnet50-hwi8-memory.json").write_text(json.dumps(memory))
+    rows = speed.table().splitlines()
+    assert rows[2:] == [
+        "| gemm-1000x2048-batch1-hot | 1 | fp32 | 8x | 12x | 10.00x | 10.0 | 100.0 |  |",
+        "| gemm-1000x2048-batch1-hot | 1 | int4 | 2.2x | 3x | **below** 2.10x | 10.0 | 21.0 |  |",
+        "| resnet50-hwi8-memory | 1 | fp32: 110.0 MB | at most 20 MB | 8 MB | 7.5 MB | | | |",
+        "",
+        "somewhere",
+    ]

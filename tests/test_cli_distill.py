@@ -73,6 +73,23 @@ def test_distill_json(run: Run, small: Path, tmp_path: Path) -> None:  # noqa: F
     assert found["distilled"]["gradient"] == "mean"
 
 
+def test_a_fused_file_stays_fused(run: Run, small: Path, tmp_path: Path) -> None:  # noqa: F811
+    fused = tmp_path / "fused.onnx"
+    vqonnx.fuse(small, fused)
+    written = []
+    for source in (small, fused):
+        out = tmp_path / f"out-{source.name}"
+        assert run(*arguments(source, out, "--quiet", "--biases"))[0] == 0
+        written.append(out)
+    ops = [layer.fused for layer in vqonnx.report(written[1]).layers]
+    assert ops == [layer.fused for layer in vqonnx.report(fused).layers]
+    assert all(ops)
+    plain, from_fused = tmp_path / "plain.onnx", tmp_path / "plain-fused.onnx"
+    vqonnx.expand(written[0], plain)
+    vqonnx.expand(written[1], from_fused)
+    assert plain.read_bytes() == from_fused.read_bytes()
+
+
 def test_a_run_that_diverged_is_written_and_exits_with_1(run: Run, small: Path, tmp_path: Path) -> None:  # noqa: F811
     out = tmp_path / "out.onnx"
     code, _, err = run(*arguments(small, out, "--quiet", "--rate", "1e20", "--layer-steps", 0))

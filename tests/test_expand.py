@@ -49,7 +49,8 @@ def decoded_weights(path: Path) -> list[np.ndarray]:
                 if attribute.HasField("g"):
                     read(attribute.g.node, arrays | nets.weights_of(attribute.g))
             if node.domain == "vqonnx":
-                weights.append(_decode(node, *(arrays[name] for name in node.input)))
+                first = 0 if node.op_type == "Decode" else 1  # a fused op has X in front
+                weights.append(_decode(node, *(arrays[name] for name in node.input[first : first + 4])))
 
     read(model.graph.node, nets.weights_of(model.graph))
     for function in model.functions:

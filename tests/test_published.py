@@ -75,7 +75,7 @@ def test_outputs_are_those_of_the_decoded_network(
 
 
 def test_codes_and_centroids_are_stored_as_they_are(made: checkpoints.Entries, source: Path, model: Path) -> None:
-    result = import_kill_the_bits(source, model)
+    result = import_kill_the_bits(source, model, fuse=False)
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in result.model.graph.initializer}
     decoders = {node.output[0]: node for node in result.model.graph.node if node.op_type == "Decode"}
     assert list(decoders) == [f"{name}.weight" for name in NETWORK]
@@ -98,7 +98,7 @@ def test_codes_and_centroids_are_stored_as_they_are(made: checkpoints.Entries, s
 def test_biases_keep_their_precision_and_no_weight_of_the_model_is_left(
     made: checkpoints.Entries, source: Path, model: Path
 ) -> None:
-    result = import_kill_the_bits(source, model)
+    result = import_kill_the_bits(source, model, fuse=False)
     graph = result.model.graph
     onnx.checker.check_model(result.model)
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}

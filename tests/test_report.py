@@ -30,6 +30,7 @@ LAYER_KEYS = [
     "weight_snr_db",
     "output_snr_db",
     "multiplications",
+    "fused",
 ]
 
 
@@ -77,7 +78,7 @@ def test_the_promised_keys(target: Target, tmp_path: Path) -> None:
 
 
 def test_bytes_are_those_of_the_stored_arrays(tmp_path: Path) -> None:
-    path = compress("mixed", "hybrid", tmp_path)
+    path = compress("mixed", "hybrid", tmp_path, fuse=False)
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
     nodes = {node.output[0]: node for node in onnx.load(path).graph.node if node.domain == "vqonnx"}
     report = vqonnx.report(path)

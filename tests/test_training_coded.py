@@ -169,7 +169,7 @@ def test_what_cannot_be_distilled_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_codebook_that_is_no_initializer_is_refused(tmp_path: Path) -> None:
-    model = vqonnx.compress(write(mixed(), tmp_path / "mixed.onnx"), PQ(width=4, bits=2)).model
+    model = vqonnx.compress(write(mixed(), tmp_path / "mixed.onnx"), PQ(width=4, bits=2), fuse=False).model
     decode = next(node for node in model.graph.node if node.op_type == "Decode")
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name == decode.input[1])
     model.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
@@ -183,7 +183,7 @@ def test_codes_from_constant_nodes_are_read(tmp_path: Path) -> None:
     """Other tools may turn initializers that are not codebooks into nodes."""
     overrides = [vqonnx.Override("fc_w", SVD(share=0.6)), vqonnx.Override("*", KMeans(bits=3))]
     path = write(mixed(), tmp_path / "mixed.onnx")
-    model = vqonnx.compress(path, KMeans(bits=3), overrides=overrides).model
+    model = vqonnx.compress(path, KMeans(bits=3), overrides=overrides, fuse=False).model
     plain = CodedModel(model, NOWHERE)
     books = set(plain.parameters("mean"))
     for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in books]:

@@ -88,7 +88,8 @@ def initializers(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def codebook_names(path: Path) -> set[str]:
-    return {node.input[1] for node in onnx.load(path).graph.node if node.op_type == "Decode"}
+    nodes = [node for node in onnx.load(path).graph.node if node.domain == "vqonnx"]
+    return {node.input[1 if node.op_type == "Decode" else 2] for node in nodes}
 
 
 # What it does

@@ -3,6 +3,7 @@
 from vqonnx.compress import Override, compress
 from vqonnx.errors import DataError, FormError, InputError, ModelError, OptionError, VerifyError, VqonnxError
 from vqonnx.expand import expand
+from vqonnx.fuse import FusedFile, fuse
 from vqonnx.methods import BGD, DQC, METHODS, PQ, SVD, Best, Binary, KMeans, Residual, Transform
 from vqonnx.published import Imported, import_kill_the_bits
 from vqonnx.report import Report, report
@@ -21,6 +22,7 @@ __all__ = [
     "Comparison",
     "DataError",
     "FormError",
+    "FusedFile",
     "Imported",
     "InputError",
     "KMeans",
@@ -37,6 +39,7 @@ __all__ = [
     "compare",
     "compress",
     "expand",
+    "fuse",
     "get_library_path",
     "import_kill_the_bits",
     "report",

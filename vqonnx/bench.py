@@ -137,7 +137,7 @@ def bench(
             _log.info("only runs with the library: %s", error)
     latencies, ratios = _time(sessions, batches, rounds, warmup)
     memory = {
-        name: _measure_apart(model, library, threads, batches[0]) for name, model, library in ways if name in sessions
+        name: measure_memory(model, library, threads, batches[0]) for name, model, library in ways if name in sessions
     }
     return BenchResult(
         latency_ms=_figures(latencies),
@@ -180,10 +180,13 @@ def _time(
     )
 
 
-def _measure_apart(
+def measure_memory(
     model: Model, library: bool, threads: int, feed: dict[str, Any]
 ) -> tuple[float | None, float | None]:
-    """`_measure` in a new process."""
+    """Growth of memory in MB: after loading, and at the highest up to the end of the first run; None if unknown.
+
+    In a new process, as an allocator does not give back what another session has used.
+    """
     child = subprocess.run(
         [sys.executable, "-c", _CHILD.format(path=[os.path.abspath(folder) for folder in sys.path])],
         input=pickle.dumps((model, library, threads, feed)),

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, get_args
 
 from vqonnx import commands as run
 from vqonnx.errors import OptionError, VerifyError, VqonnxError
+from vqonnx.fusion import BY_DEFAULT
 from vqonnx.graph import LINEAR
 from vqonnx.place import Target
 
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--check-atol", type=float, metavar="A", help="the same, absolute")
     add("--no-verify", action="store_true", help="do not load and run the written model")
     add("--allow-unchanged", action="store_true", help="copy a model in which nothing can be compressed")
+    _add_fuse(add)
     add("--json", action="store_true", help="print JSON")
 
     add = _command(
@@ -170,6 +172,14 @@ def _parser() -> argparse.ArgumentParser:
     add("model", metavar="IN")
     add("output", metavar="OUT")
 
+    add = _command(commands, "fuse", run.run_fuse, "fuse the layers of a compressed model, or take them apart")
+    add("model", metavar="IN", help="a compressed model of target hybrid or custom")
+    add("output", metavar="OUT")
+    add("--undo", action="store_true", help="take fused layers apart")
+    add("--input-shapes", metavar="NAME:SHAPE", nargs="+", default=[], help="for generated inputs: name:1x3x224x224")
+    add("--no-verify", action="store_true", help="do not run the old and the new model")
+    add("--json", action="store_true", help="print JSON")
+
     add = _command(
         commands, "import-kill-the-bits", run.run_import, "put a checkpoint of Stock et al. 2020 into an ONNX model"
     )
@@ -177,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL", help="ONNX model of the same network, batch normalisation folded")
     add("output", metavar="OUT", help="the compressed model")
     add("--target", metavar="T", default="hybrid", help=f"{', '.join(get_args(Target))} (default hybrid)")
+    _add_fuse(add)
     add("--input-shapes", metavar="NAME:SHAPE", nargs="+", default=[], help="for generated inputs: name:1x3x224x224")
     add("--json", action="store_true", help="print JSON")
 
@@ -191,6 +202,12 @@ def _parser() -> argparse.ArgumentParser:
 
     _command(commands, "methods", run.run_methods, "list the methods and their options")
     return parser
+
+
+def _add_fuse(add: Callable[..., Any]) -> None:
+    state = "default" if BY_DEFAULT else "not the default"
+    text = f"write one op for codes, layer and what follows it ({state} for targets hybrid and custom)"
+    add("--fuse", action=argparse.BooleanOptionalAction, help=text)
 
 
 def _command(commands: Any, name: str, function: Callable[[argparse.Namespace], int], text: str) -> Callable[..., Any]:

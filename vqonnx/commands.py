@@ -17,6 +17,7 @@ from vqonnx.compress import compress
 from vqonnx.config import Config, read_config
 from vqonnx.errors import OptionError
 from vqonnx.expand import expand
+from vqonnx.fuse import fuse
 from vqonnx.generate import generate_feeds
 from vqonnx.graph import LINEAR
 from vqonnx.labels import read_labels
@@ -48,6 +49,7 @@ def run_compress(options: argparse.Namespace) -> int:
             batch=options.batch,
             input_shapes=_shapes(options.input_shapes),
             allow_unchanged=options.allow_unchanged,
+            fuse=options.fuse,
             progress=progress,
         )
     saved = result.save(options.output, verify=not options.no_verify, rtol=options.check_rtol, atol=options.check_atol)
@@ -222,11 +224,29 @@ def run_expand(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_fuse(options: argparse.Namespace) -> int:
+    """Fuse the layers of a compressed model, or take them apart."""
+    made = fuse(
+        options.model,
+        options.output,
+        undo=options.undo,
+        verify=not options.no_verify,
+        input_shapes=_shapes(options.input_shapes),
+    )
+    if options.json:
+        _print_json({"layers": dict(made.layers), "bytes": made.bytes})
+    elif not options.quiet:
+        show.fused(made, undone=options.undo)
+    return 0
+
+
 def run_import(options: argparse.Namespace) -> int:
     """Put a published checkpoint into a graph."""
     modelfile.check_output(options.output, options.model)
     shapes, target = _shapes(options.input_shapes), _target(options.target)
-    result = import_kill_the_bits(options.checkpoint, options.model, target=target, input_shapes=shapes)
+    result = import_kill_the_bits(
+        options.checkpoint, options.model, target=target, fuse=options.fuse, input_shapes=shapes
+    )
     saved = result.save(options.output)
     paper = result.checkpoint.paper_mib
     if options.json:

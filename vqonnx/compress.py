@@ -23,6 +23,7 @@ from vqonnx.dual import DualWalk
 from vqonnx.errors import ModelError, OptionError
 from vqonnx.feeds import read_feeds
 from vqonnx.form import Form, stored_arrays
+from vqonnx.fusion import fuse_layers, is_fused
 from vqonnx.generate import generate_feeds
 from vqonnx.graph import LINEAR, Site, Skipped, find
 from vqonnx.method import Budgeted, Layer, LeftAlone, Method, Needs
@@ -68,6 +69,7 @@ def compress(
     batch: int = 16,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     allow_unchanged: bool = False,
+    fuse: bool | None = None,
     tune: Tune | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -87,6 +89,8 @@ def compress(
         batch: Images that are run at once where the model leaves the number open.
         input_shapes: Shapes for generated inputs, where no calibration data are given.
         allow_unchanged: Give the model back as it is where no layer can be compressed, instead of an error.
+        fuse: Write one op for the codes of a weight, its layer, and what follows it, where there is such an op; if it
+            is None, `vqonnx.fusion.BY_DEFAULT` says, for the targets ``hybrid`` and ``custom``.
         tune: Called with each layer's site, view and new form; gives the form of the same size that takes its place, in
             the model and in what the layers behind it see (`vqonnx.training.tuner`).
         progress: Called with (layers done, layers in all, name of the next).
@@ -94,12 +98,14 @@ def compress(
     Raises:
         ModelError: The model cannot be read, does not run, or has nothing to compress.
         DataError: The calibration data do not fit it.
-        OptionError: A seed, a batch or a pattern cannot be used, or a method needs calibration data and there are none.
+        OptionError: A seed, a batch or a pattern cannot be used, a method needs calibration data and there are none, or
+            layers shall be fused in a portable file.
     """
     if not 0 <= seed < _SEEDS:
         raise OptionError(f"seed is {seed}; choose 0 to {_SEEDS - 1}")
     if batch < 1:
         raise OptionError(f"batch is {batch}; choose 1 or more")
+    fusing = is_fused(fuse, target)
     path = Path(model)
     proto = modelfile.load(path)
     _refuse_compressed(proto, path)
@@ -123,10 +129,17 @@ def compress(
     before = modelfile.file_bytes(path)
     if placements:
         factors = place(proto, placements, target)
-        layers = [replace(layer, factors=names) for layer, names in zip(layers, factors, strict=True)]
+        fused = fuse_layers(proto, path.parent) if fusing else {}
+        layers = [_as_run(layer, names, fused) for layer, names in zip(layers, factors, strict=True)]
         write_record(proto, before, tuple(layers), tuple(skipped))
     check = generate_feeds(path, shapes=input_shapes, seed=seed) if feeds is None else feeds.first()
     return Result(proto, tuple(layers), tuple(skipped), target, path, before, check)
+
+
+def _as_run(layer: LayerRecord, factors: tuple[str, ...], fused: Mapping[str, str]) -> LayerRecord:
+    """The record with the names of its two layers, if any, and the fused ops that run it."""
+    ops = tuple(fused[name] for name in factors or (layer.name,) if name in fused)
+    return replace(layer, factors=factors, fused=ops)
 
 
 def _why(skipped: Sequence[Skipped]) -> str:

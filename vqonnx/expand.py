@@ -19,6 +19,7 @@ from vqonnx.place import main_opset
 from vqonnx.record import erase_record, read_record
 from vqonnx.runtime import open_session, run
 from vqonnx.stored import StoredWeight, elem_type, find_stored
+from vqonnx.unfusion import split_layers
 
 
 def expand(compressed: str | Path, plain: str | Path) -> int:
@@ -31,6 +32,7 @@ def expand(compressed: str | Path, plain: str | Path) -> int:
     compressed, plain = Path(compressed), Path(plain)
     modelfile.check_output(plain, compressed)
     model = modelfile.load(compressed)
+    split_layers(model, compressed.parent)
     weights = find_stored(model, compressed.parent, read_record(model))
     if not weights:
         raise ModelError(f"{compressed}: holds no weight that vqonnx compressed; there is nothing to expand")

@@ -263,8 +263,13 @@ def _raise_ir_version(model: ModelProto, version: int) -> None:
 
 def all_names(model: ModelProto) -> set[str]:
     """Every name of a tensor in the model, in any scope."""
+    return names_in(scopes(model))
+
+
+def names_in(some: Iterable[Scope]) -> set[str]:
+    """Every name of a tensor in these scopes."""
     names: set[str] = set()
-    for scope in scopes(model):
+    for scope in some:
         names |= set(scope.initializers) | set(scope.producers) | set(scope.uses) | scope.outputs
         names |= {name for node in scope.proto.node for name in node.input}
         names |= set(_input_names(scope.proto.input))

@@ -15,6 +15,7 @@ from onnx import GraphProto, ModelProto, NodeProto, helper
 from vqonnx import modelfile
 from vqonnx.checkpoint import Checkpoint, PublishedLayer, read_checkpoint
 from vqonnx.errors import ModelError
+from vqonnx.fusion import fuse_layers, is_fused
 from vqonnx.generate import generate_feeds
 from vqonnx.graph import Site, find
 from vqonnx.modelfile import remove_entries, set_nodes
@@ -49,6 +50,7 @@ def import_kill_the_bits(
     model: str | Path,
     *,
     target: Target = "hybrid",
+    fuse: bool | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Imported:
     """Give the network of an ONNX model the weights of a checkpoint of Stock et al. 2020 ("And the bit goes down").
@@ -62,12 +64,15 @@ def import_kill_the_bits(
             matched by name: that of the weight, or that of the module in the node's name, as exporters of torch write
             them; where the model lacks names, by their order, if the names that it has agree with that.
         target: ``hybrid``, ``portable`` or ``custom`` (docs/format.md).
+        fuse: As in `vqonnx.compress`.
         input_shapes: Shapes for the generated inputs on which the written file is run.
 
     Raises:
         ModelError: A file cannot be read, or the two are not the same network; names the first layer that differs.
         InputError: torch is not installed.
+        OptionError: Layers shall be fused in a portable file.
     """
+    fusing = is_fused(fuse, target)
     path = Path(model)
     proto = modelfile.load(path)
     published = read_checkpoint(checkpoint)
@@ -76,7 +81,8 @@ def import_kill_the_bits(
     place(proto, [Placement(site, layer.form, site.view("ihw")) for site, layer in pairs], target)
     _put_biases(proto, {site.name: (layer.bias, site.elem_type) for site, layer in pairs})
     before = modelfile.file_bytes(path)
-    records = tuple(_record(site, layer) for site, layer in pairs)
+    fused = fuse_layers(proto, path.parent) if fusing else {}
+    records = tuple(_record(site, layer, fused.get(site.name)) for site, layer in pairs)
     write_record(proto, before, records, ())
     return Imported(proto, records, (), target, path, before, feeds, published)
 
@@ -194,7 +200,7 @@ def _drop_unread(graph: GraphProto, names: set[str]) -> None:
     _drop_unread(graph, behind)
 
 
-def _record(site: Site, layer: PublishedLayer) -> LayerRecord:
+def _record(site: Site, layer: PublishedLayer, fused: str | None) -> LayerRecord:
     """How the layer came here; how far it is from the model's own weight means nothing, as that need not be trained."""
     options = {"words": layer.form.words, "width": layer.form.width}
     return LayerRecord(
@@ -206,4 +212,5 @@ def _record(site: Site, layer: PublishedLayer) -> LayerRecord:
         bytes=layer.form.nbytes,
         weight_snr_db=None,
         output_snr_db=None,
+        fused=() if fused is None else (fused,),
     )

@@ -30,6 +30,7 @@ class LayerRecord:
         output_snr_db: The same for the layer's output on the calibration data; None if it was not observed.
         multiplications: Part of the layer's multiplications that is left; 1 unless it is run as two.
         factors: Names of the weights of the two layers that it is run as; none if it is run as one.
+        fused: Fused ops that run it: one, or one for each of two layers; those left as ``Decode`` are left out.
     """
 
     name: str
@@ -42,6 +43,7 @@ class LayerRecord:
     output_snr_db: float | None
     multiplications: float = 1.0
     factors: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -69,6 +71,7 @@ class LayerRecord:
             "weight_snr_db": self.weight_snr_db,
             "output_snr_db": self.output_snr_db,
             "multiplications": round(self.multiplications, 4),
+            "fused": list(self.fused),
         }
 
 

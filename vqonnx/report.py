@@ -12,6 +12,7 @@ from vqonnx.errors import ModelError
 from vqonnx.graph import Skipped
 from vqonnx.record import LayerRecord, read_record
 from vqonnx.stored import find_stored
+from vqonnx.unfusion import split_layers
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def report(path: str | Path) -> Report:
     path = Path(path)
     model = modelfile.load(path)
     record = read_record(model)
+    fused = split_layers(model, path.parent)
     weights = find_stored(model, path.parent, record)
     if not weights:
         raise ModelError(f"{path}: holds no weight that vqonnx compressed; give a file that 'vqonnx compress' wrote")
@@ -86,6 +88,7 @@ def report(path: str | Path) -> Report:
                 output_snr_db=output_snr,
                 multiplications=weight.multiplications,
                 factors=() if weight.row is None else weight.row.factors,
+                fused=tuple(fused[name] for name in weight.tensors if name in fused),
             )
         )
     return Report(

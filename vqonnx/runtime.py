@@ -22,6 +22,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _state
 from vqonnx.errors import DataError, ModelError, OptionError, VqonnxError
 from vqonnx.modelfile import load
 from vqonnx.ops import DOMAIN
+from vqonnx.shapes import UNKNOWN_SIZES
 
 Model = str | Path | bytes
 Feed = Mapping[str, Any]  # input name to array; a list or dict where the model wants a sequence or map
@@ -44,7 +45,6 @@ _DTYPES: dict[int, np.dtype[Any]] = {
     }.items()
 }
 _MOST_THREADS = 1024  # onnxruntime makes as many as it is told, and hangs the machine
-_WORDS_FOR_NONE = {"", "?", "None", "-1"}  # exporters' spellings of "unknown"; two of them need not be the same size
 
 
 # Sessions
@@ -192,7 +192,7 @@ def _read_input(value: onnx.ValueInfoProto) -> Input:
 def _read_dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
     if dim.dim_value > 0:  # 0 and -1 are exporters' ways to say that they do not know
         return int(dim.dim_value)
-    return None if dim.dim_param in _WORDS_FOR_NONE else str(dim.dim_param)
+    return None if dim.dim_param in UNKNOWN_SIZES else str(dim.dim_param)
 
 
 def _explain_load(error: Exception) -> str:

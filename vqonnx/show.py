@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vqonnx.bench import BenchResult
+from vqonnx.fuse import FusedFile
 from vqonnx.graph import Skipped
 from vqonnx.method import Method
 from vqonnx.record import LayerRecord
@@ -35,13 +37,15 @@ def line(text: str) -> None:
 
 
 def layers(records: Sequence[LayerRecord]) -> None:
-    """One row a layer; options and multiplications only where layers differ in them."""
+    """One row a layer; options, multiplications and fused ops only where layers differ in them."""
     if not records:
         return
     table = Table("layer", "op", "shape", "method", box=None, pad_edge=False)
-    split = any(record.factors for record in records)
+    split, fused = any(record.factors for record in records), any(record.fused for record in records)
     for title in ("bytes", "bits/weight", "weight dB", "output dB", *(["multiplications"] if split else [])):
         table.add_column(title, justify="right")
+    if fused:
+        table.add_column("fused")
     ways = {_way(record) for record in records}
     for record in records:
         table.add_row(
@@ -54,6 +58,7 @@ def layers(records: Sequence[LayerRecord]) -> None:
             _decibel(record.weight_snr_db),
             _decibel(record.output_snr_db),
             *([f"{record.multiplications:.1%}"] if split else []),
+            *([", ".join(record.fused) or "-"] if fused else []),
         )
     _console().print(table)
     if len(ways) == 1:
@@ -77,6 +82,14 @@ def sizes(before: int | None, after: int, path: Path) -> None:
         line(f"\n{path}: {before:,} -> {after:,} bytes, {before / after:.2f}x smaller")
         if after >= before:
             line("nothing was gained: the layers are too small for codebooks and a decoder; keep the original")
+
+
+def fused(made: FusedFile, *, undone: bool) -> None:
+    """What became of the layers, in one line."""
+    counts = Counter(made.layers.values())
+    what = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    how = "taken apart" if undone else "fused"
+    line(f"{made.path}: {len(made.layers)} layers {how} ({what}), {made.bytes:,} bytes")
 
 
 def distilled(note: dict[str, Any]) -> None:

@@ -55,6 +55,11 @@ class StoredWeight:
         return tuple(node for nodes in self.makers for node in nodes)
 
     @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of its tensors: the weight, or the two weights of a layer that is run as two."""
+        return tuple(nodes[-1].output[0] for nodes in self.makers)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight, as the last nodes of its tensors say."""
         shapes = [self._shape_after(nodes) for nodes in self.makers]
@@ -108,7 +113,10 @@ class StoredWeight:
 
 
 def find_stored(model: ModelProto, folder: str | Path, record: Record | None) -> tuple[StoredWeight, ...]:
-    """The stored weights in the order of the record, or of the nodes where there is none."""
+    """The stored weights in the order of the record, or of the nodes where there is none.
+
+    Fused layers must have been taken apart (`vqonnx.unfusion.split_layers`).
+    """
     rows = () if record is None else record.layers
     places: dict[tuple[str, ...], list[int]] = {}  # of equal names in several scopes the first row is the first scope's
     for place, row in enumerate(rows):

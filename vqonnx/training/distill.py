@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vqonnx import modelfile
 from vqonnx.errors import ModelError
+from vqonnx.fusion import fuse_layers
 from vqonnx.moments import snr_db
 from vqonnx.record import write_record
 from vqonnx.report import report
@@ -31,6 +32,7 @@ from vqonnx.training.recipe import Recipe
 from vqonnx.training.student import Student
 from vqonnx.training.teacher import Teacher
 from vqonnx.training.values import with_values
+from vqonnx.unfusion import split_layers
 
 _log = logging.getLogger(__name__)
 _JUDGED = 256  # images on which the loss before and after is taken
@@ -104,6 +106,7 @@ def distill(
     recipe = recipe or Recipe()
     check_device(device)
     proto = modelfile.load(path)
+    fused = bool(split_layers(proto, path.parent))
     coded = CodedModel(proto, path).to(device)
     teacher = Teacher(teacher_path, data, device=device)
     recipe = recipe.scaled(teacher.count)
@@ -143,6 +146,8 @@ def distill(
     if after > before:
         _log.warning("%s: the loss rose from %.4g to %.4g; choose smaller rates", path, before, after)
     result = _result(proto, student, coded, teacher_path, path, recipe, teacher)
+    if fused:
+        fuse_layers(result.model, path.parent)
     return Distilled(result, path, recipe, tuple(histories), before, after)
 
 

@@ -1,0 +1,290 @@
+"""How fast layers and networks run from their codes: against onnxruntime in fp32, int8 and 4 bits, on this machine.
+
+    python benchmarks/speed.py                   # every case that has no result yet
+    python benchmarks/speed.py gemm-4096 mlp     # the cases whose names begin so, again
+    python benchmarks/speed.py table             # the table, from benchmarks/results/speed/
+
+All ways of a case are timed in turn within one process: a round is a block of some 20 ms of calls of each. Shown are
+medians over rounds and medians of the rounds' ratios. With one thread the clock is the thread's CPU time, with two it
+is wall time, and all sessions share one pool. ``hot``: the same weights at every call; ``cold``: copies of the layer
+that take 160 MB or more, all within one session, one after the other, for each way. ``--work`` keeps the networks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+from common import setting
+from speed_models import NETWORKS, conv_ways, gemm_ways, network_ways
+from speed_timing import Way, open_way, time_in_turn, time_loading, use_threads
+
+from vqonnx.bench import measure_memory
+from vqonnx.generate import generate_feeds
+
+RESULTS = Path(__file__).resolve().parent / "results" / "speed"
+_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512vbmi", "asimd")
+Goals = dict[str, tuple[float, float]]  # by the other way: at least, aim
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed, and what it must show.
+
+    Attributes:
+        name: Name of the result.
+        kind: ``memory`` and ``loading`` are of a network.
+        sizes: Outputs, inputs and batch of a Gemm; outputs, inputs, kernel and positions of a Conv.
+        goals: How many times as long the other ways must take at least, and shall take.
+        network: Name of a network.
+        threads: Threads of one operator.
+        cold: Weights come from memory, not from a cache.
+        isa: Instruction set that the library is held to; None for the best.
+        width: Weights of one code.
+        order: Order of columns of a Conv.
+        precision: How exactly kernels compute; None leaves it to them.
+    """
+
+    name: str
+    kind: Literal["gemm", "conv", "network", "memory", "loading"]
+    sizes: tuple[int, ...] = ()
+    goals: Goals = field(default_factory=dict)
+    network: str = ""
+    threads: int = 1
+    cold: bool = False
+    isa: str | None = None
+    width: int = 8
+    order: str = "hwi"
+    precision: str | None = None
+
+    def ways(self, work: Path) -> dict[str, Way]:
+        """The ways to compute it; ours comes first."""
+        if self.kind == "gemm":
+            outputs, inputs, batch = self.sizes
+            return gemm_ways(outputs, inputs, batch, cold=self.cold, width=self.width)
+        if self.kind == "conv":
+            outputs, inputs, kernel, size = self.sizes
+            return conv_ways(
+                outputs, inputs, kernel, size, width=self.width, order=self.order, precision=self.precision
+            )
+        return network_ways(self.network, work)
+
+
+_LARGE = (4096, 4096)
+_CONVS = ((64, 56, (1.1, 1.3)), (128, 28, (1.7, 2.1)), (256, 14, (2.5, 3.1)), (512, 7, (3.3, 4.1)))
+_NOT_SLOWER: Goals = {"fp32": (0.9, 1.0)}
+_WHOLE: dict[tuple[str, int], Goals] = {
+    ("resnet50-hwi8", 1): {"fp32": (1.25, 1.6)},
+    ("resnet50-hwi8", 2): {"fp32": (1.1, 1.6)},
+}
+CASES = (
+    Case(
+        "gemm-4096-batch1-cold",
+        "gemm",
+        (*_LARGE, 1),
+        {"fp32": (25, 31), "int8": (6, 7.7), "int4": (4.5, 5.8)},
+        cold=True,
+    ),
+    Case("gemm-4096-batch1-cold-2-threads", "gemm", (*_LARGE, 1), cold=True, threads=2),
+    Case("gemm-1000x2048-batch1-hot", "gemm", (1000, 2048, 1), {"fp32": (8, 12), "int4": (2.2, 3)}),
+    Case("gemm-4096-batch16-cold", "gemm", (*_LARGE, 16), {"fp32": (6.5, 8.4), "int4": (2.6, 3.3)}, cold=True),
+    Case("gemm-4096-batch256-hot", "gemm", (*_LARGE, 256), {"fp32": (2.8, 3.6)}),
+    Case("gemm-4096-batch1-cold-avx2", "gemm", (*_LARGE, 1), {"fp32": (3.5, 5.5)}, cold=True, isa="avx2"),
+    *(Case(f"conv3x3-{c}-hwi8", "conv", (c, c, 3, size), {"fp32": goal}) for c, size, goal in _CONVS),
+    *(
+        Case(
+            f"conv3x3-{c}-{order}{width}-exact",
+            "conv",
+            (c, c, 3, size),
+            {"fp32": (0.9, 1.05)},
+            width=width,
+            order=order,
+            precision="exact",
+        )
+        for order, width in (("ihw", 9), ("hwi", 8))
+        for c, size, _ in _CONVS
+    ),
+    *(
+        Case(
+            f"{network}-{threads}-thread{'s' * (threads > 1)}",
+            "network",
+            (),
+            _WHOLE.get((network, threads), _NOT_SLOWER),
+            network,
+            threads,
+        )
+        for network in NETWORKS
+        for threads in (1, 2)
+    ),
+    Case("resnet50-hwi8-memory", "memory", network="resnet50-hwi8"),
+    Case("resnet50-hwi8-loading", "loading", (), {"fp32": (1.0, 2.0)}, "resnet50-hwi8"),
+)
+_MEMORY = (20.0, 8.0)  # MB by which loading ResNet-50 may grow, and shall
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", nargs="*", help="beginnings of names, or 'table'")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--work", type=Path, default=Path("build/speed"))
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.case == ["table"]:
+        print(table())
+        return
+    cases = [case for case in CASES if any(case.name.startswith(begin) for begin in chosen.case)]
+    if chosen.case and not cases:
+        raise SystemExit(
+            f"no case begins with {' or '.join(chosen.case)}; there are {', '.join(c.name for c in CASES)}"
+        )
+    if chosen.here:  # a process of its own, as threads and instruction set are settled once
+        (case,) = (case for case in CASES if [case.name] == chosen.case)
+        print(json.dumps(measure(case, chosen.work, chosen.rounds)))
+        return
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for case in cases or [case for case in CASES if not result_path(case).exists()]:
+        environment = {key: value for key, value in os.environ.items() if key != "VQONNX_ISA"}
+        if case.isa is not None:
+            environment["VQONNX_ISA"] = case.isa
+        command = [
+            sys.executable,
+            __file__,
+            "--here",
+            case.name,
+            "--work",
+            str(chosen.work),
+            "--rounds",
+            str(chosen.rounds),
+        ]
+        child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+        if child.returncode:
+            print(f"{case.name}: failed with exit status {child.returncode}", file=sys.stderr)
+            continue
+        result = json.loads(child.stdout.splitlines()[-1])
+        result_path(case).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(f"{case.name}: {_spell(result)}", flush=True)
+
+
+def result_path(case: Case) -> Path:
+    return RESULTS / f"{case.name}.json"
+
+
+def measure(case: Case, work: Path, rounds: int) -> dict[str, Any]:
+    """What a result says."""
+    use_threads(case.threads)
+    ways = case.ways(work)
+    result: dict[str, Any] = {
+        "case": case.name,
+        "threads": case.threads,
+        "rounds": rounds,
+        "state": "cold" if case.cold else "hot",
+    }
+    result |= {
+        "isa": case.isa or "best",
+        "flags": _cpu_flags(),
+        "setting": setting(),
+        "date": datetime.date.today().isoformat(),
+    }
+    if case.kind == "memory":
+        feed = generate_feeds(ways["fp32"].model, count=1)[0]
+        grown = {name: measure_memory(way.model, way.library, 1, feed) for name, way in ways.items()}
+        return result | {
+            "megabytes": {name: loaded for name, (loaded, _) in grown.items()},
+            "peak": {name: peak for name, (_, peak) in grown.items()},
+        }
+    if case.kind == "loading":
+        timing = time_loading(ways, case.threads, rounds)
+        return result | {"microseconds": timing.microseconds, "ratios": timing.ratios}
+    sessions = {name: open_way(way, case.threads) for name, way in ways.items()}
+    timing = time_in_turn(
+        sessions, {name: way.layers for name, way in ways.items()}, _feed, threads=case.threads, rounds=rounds
+    )
+    errors = _errors(sessions)
+    return result | {"microseconds": timing.microseconds, "ratios": timing.ratios, "relative_error": errors}
+
+
+def _feed(session: onnxruntime.InferenceSession) -> dict[str, np.ndarray]:
+    """Normal numbers, the same for all inputs of the same shape."""
+    return {
+        entry.name: np.random.default_rng(0)
+        .standard_normal([size if isinstance(size, int) else 1 for size in entry.shape])
+        .astype(np.float32)
+        for entry in session.get_inputs()
+    }
+
+
+def _errors(sessions: dict[str, onnxruntime.InferenceSession]) -> dict[str, float]:
+    """Norm of the difference from fp32 over that of fp32, for the first output."""
+    outputs = {
+        name: session.run([session.get_outputs()[0].name], _feed(session))[0] for name, session in sessions.items()
+    }
+    exact = outputs.pop("fp32").astype(np.float64)
+    return {name: float(np.linalg.norm(value - exact) / np.linalg.norm(exact)) for name, value in outputs.items()}
+
+
+def _cpu_flags() -> list[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return [flag for flag in _FLAGS if flag in words]
+
+
+def _spell(result: dict[str, Any]) -> str:
+    if "megabytes" in result:
+        return ", ".join(f"{name} {value:.1f} MB" for name, value in result["megabytes"].items())
+    ratios = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in result["ratios"].items())
+    return f"{result['microseconds']['vqonnx']:.1f} us; {ratios}"
+
+
+def table() -> str:
+    """Every case with a result: floors, aims, and what was measured."""
+    lines = [
+        "| case | threads | against | at least | aim | measured | ours, us | other, us | error |",
+        "|---" * 9 + "|",
+    ]
+    settings = set()
+    for case in CASES:
+        if result_path(case).exists():
+            result = json.loads(result_path(case).read_text(encoding="utf-8"))
+            settings.add(result["setting"])
+            lines += _memory_rows(case, result) if case.kind == "memory" else _rows(case, result)
+    return "\n".join([*lines, "", *sorted(settings)])
+
+
+def _rows(case: Case, result: dict[str, Any]) -> list[str]:
+    """A row for each other way."""
+    times, error = result["microseconds"], result.get("relative_error", {}).get("vqonnx")
+    rows = []
+    for other, ratio in result["ratios"].items():
+        least, aim = case.goals.get(other, (None, None))
+        below = "" if least is None or ratio >= least else "**below** "
+        rows.append(
+            f"| {case.name} | {case.threads} | {other} | {_cell(least)} | {_cell(aim)} | {below}{ratio:.2f}x "
+            f"| {times['vqonnx']:.1f} | {times[other]:.1f} | {'' if error is None else f'{error:.1e}'} |"
+        )
+    return rows
+
+
+def _memory_rows(case: Case, result: dict[str, Any]) -> list[str]:
+    found, (most, aim) = result["megabytes"], _MEMORY
+    above = "" if found["vqonnx"] <= most else "**above** "
+    return [
+        f"| {case.name} | 1 | fp32: {found['fp32']:.1f} MB | at most {most:g} MB | {aim:g} MB "
+        f"| {above}{found['vqonnx']:.1f} MB | | | |"
+    ]
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:g}x"
+
+
+if __name__ == "__main__":
+    main()

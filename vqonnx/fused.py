@@ -1,0 +1,88 @@
+"""The fused ops: a layer that reads its weight as codes, with what follows it, and their bodies as ONNX functions.
+
+A body calls ``vqonnx.Decode`` and then the standard operators, so that onnxruntime without the library makes the same
+graph of a fused file as of the original. ``docs/format.md`` gives inputs and attributes; `fusion.py` puts the ops in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx.parser
+from onnx import FunctionProto
+
+from vqonnx.ops import DOMAIN, VERSION
+
+CODED = ("codes", "codebooks", "scales", "layout")  # the inputs of Decode, which follow X in every fused op
+CLIP_OPSET = 11  # from which on the limits of Clip are inputs
+# Attributes of the layer that the body hands on; every node has them.
+HANDED_ON = {
+    "Conv": {"strides": "ints", "pads": "ints", "dilations": "ints", "group": "int"},
+    "Gemm": {"transB": "int"},
+    "MatMul": {},
+}
+# Attributes that a node may keep from its layer. They say nothing new, so the body does not read them.
+_KEPT = {
+    "Conv": ["kernel_shape: ints = []", 'auto_pad: string = "NOTSET"'],
+    "Gemm": ["alpha: float = 1.0", "beta: float = 1.0", "transA: int = 0"],
+    "MatMul": [],
+}
+_FURTHER = {"Add": ["Z"], "Clip": ["min", "max"], "Relu": []}  # inputs of a follower besides the value before it
+
+
+@dataclass(frozen=True)
+class FusedOp:
+    """A layer and the operators after it that are computed with it.
+
+    Attributes:
+        layer: ``Conv``, ``Gemm`` or ``MatMul``.
+        tail: What follows, first to last.
+    """
+
+    layer: str
+    tail: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the op, such as ``ConvAddRelu``."""
+        return self.layer + "".join(self.tail)
+
+    @property
+    def inputs(self) -> list[str]:
+        """Its inputs in order."""
+        bias = [] if self.layer == "MatMul" else ["B"]
+        return ["X", *CODED, *bias, *(name for step in self.tail for name in _FURTHER[step])]
+
+    def function(self, opset: int) -> FunctionProto:
+        """The body for a model at ``opset``."""
+        handed_on = HANDED_ON[self.layer]
+        # `coding` stays behind: onnx.reference looks for no defaults, and another coding would bring another body.
+        declared = ["perm", *handed_on, *_KEPT[self.layer], 'coding: string = "fixed"', 'precision: string = "auto"']
+        values = ", ".join(f"{name}: {kind} = @{name}" for name, kind in handed_on.items())
+        layer_inputs = ["X", "W", *(["B"] if "B" in self.inputs else [])]
+        lines = [
+            f"W = {DOMAIN}.Decode <perm: ints = @perm> ({', '.join(CODED)})",
+            f"Y = {self.layer} {f'<{values}>' if values else ''} ({', '.join(layer_inputs)})",
+        ]
+        for step in self.tail:
+            before = f"before_{step}"
+            lines[-1] = lines[-1].replace("Y = ", f"{before} = ", 1)
+            lines.append(f"Y = {step} ({', '.join([before, *_FURTHER[step]])})")
+        body = "\n".join(lines)
+        return onnx.parser.parse_function(
+            f'<domain: "{DOMAIN}", opset_import: ["" : {opset}, "{DOMAIN}" : {VERSION}]>\n'
+            f"{self.name} <{', '.join(declared)}> ({', '.join(self.inputs)}) => (Y) {{\n{body}\n}}"
+        )
+
+
+_ALL = (
+    FusedOp("Conv"),
+    FusedOp("Conv", ("Relu",)),
+    FusedOp("Conv", ("Clip",)),
+    FusedOp("Conv", ("Add",)),
+    FusedOp("Conv", ("Add", "Relu")),
+    FusedOp("Gemm"),
+    FusedOp("Gemm", ("Relu",)),
+    FusedOp("MatMul"),
+)
+FUSED = {op.name: op for op in _ALL}

@@ -1,0 +1,308 @@
+"""Fuse layers: one op for the codes of a weight, the layer that reads it, and the Relu, Clip or Add that follows it.
+
+Nodes of subgraphs and functions keep their Decode, and so does every layer for which `fused.py` has no op.
+`unfusion.py` takes the ops apart again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import AttributeProto, ModelProto, NodeProto, helper
+
+from vqonnx.errors import OptionError
+from vqonnx.fused import CLIP_OPSET, FUSED, HANDED_ON, FusedOp
+from vqonnx.graph import Scope, attributes, constant_value, scopes
+from vqonnx.modelfile import remove_entries, set_nodes
+from vqonnx.ops import DOMAIN
+from vqonnx.origin import KEY, Origin, texts_of
+from vqonnx.padding import conv_attributes
+from vqonnx.place import Target, all_names, main_opset, node_reads
+from vqonnx.shapes import Shape, infer_shapes
+from vqonnx.unfusion import split_layers
+from vqonnx.writer import Writer
+
+# Whether `compress` fuses unless it is told otherwise.
+BY_DEFAULT = False
+
+_FLOAT_LIMITS = np.finfo(np.float32)
+
+
+# Nodes that follow a layer, further inputs of the op, and what the note must say of them.
+_Tail = tuple[tuple[NodeProto, ...], tuple[str, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A layer whose weight is one Decode.
+
+    Attributes:
+        decode: Yields the weight.
+        node: Reads it.
+        missing: Attributes that the op needs and the node does not have.
+        bias: Name of the bias; None where the op has none.
+        origin: What the note must say of the bias.
+    """
+
+    decode: NodeProto
+    node: NodeProto
+    missing: dict[str, Any]
+    bias: str | None
+    origin: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Nodes that one op takes the place of.
+
+    Attributes:
+        layer: The layer and its Decode.
+        tail: What follows, first to last.
+        op: The op.
+        origin: What the note must say besides weight, places, names and texts.
+        further: Inputs of the op behind the bias.
+    """
+
+    layer: _Layer
+    tail: tuple[NodeProto, ...]
+    op: FusedOp
+    origin: dict[str, Any]
+    further: tuple[str, ...]
+
+    @property
+    def nodes(self) -> list[NodeProto]:
+        """Decode, the layer, and what follows."""
+        return [self.layer.decode, self.layer.node, *self.tail]
+
+
+def is_fused(asked: bool | None, target: Target) -> bool:
+    """Whether a file for a target gets fused ops; ``asked`` is what the user says of it, if anything.
+
+    Raises:
+        OptionError: They are asked for in a file of standard operators.
+    """
+    if asked and target == "portable":
+        raise OptionError("fuse: target portable has standard operators only; choose hybrid or custom")
+    return target != "portable" and (BY_DEFAULT if asked is None else asked)
+
+
+def fuse_layers(model: ModelProto, folder: Path) -> dict[str, str]:
+    """Fuse what can be fused, in place; what was fused before is fused anew.
+
+    Args:
+        model: A model with ``Decode`` nodes.
+        folder: Where it lies, for external data.
+
+    Returns:
+        Name of the op by name of the weight.
+    """
+    split_layers(model, folder)
+    graph = _Graph(model, folder)
+    groups = graph.groups()
+    if not groups:
+        return {}
+    before = {name for node in graph.nodes for name in node_reads(node)}
+    place = {id(node): position for position, node in enumerate(graph.nodes)}
+    instead = {id(group.nodes[-1]): _node(group, place) for group in groups}
+    gone = {id(node) for group in groups for node in group.nodes} - set(instead)
+    set_nodes(model.graph, [instead.get(id(node), node) for node in graph.nodes if id(node) not in gone])
+    after = {name for node in model.graph.node for name in node_reads(node)}
+    model.graph.initializer.extend(tensor for name, tensor in graph.writer.constants.items() if name in after)
+    unused = before - after
+    unused -= {value.name for value in (*model.graph.input, *model.graph.output)}
+    remove_entries(model.graph.initializer, lambda tensor: tensor.name in unused)
+    if any(function.domain == DOMAIN for function in model.functions):
+        names = sorted({group.op.name for group in groups})
+        model.functions.extend(FUSED[name].function(graph.opset) for name in names)
+    return {group.layer.node.input[1]: group.op.name for group in groups}
+
+
+def _node(group: _Group, place: dict[int, int]) -> NodeProto:
+    """The op's node, which keeps the name and texts of the layer."""
+    layer, decode = group.layer, group.layer.decode
+    others = [decode, *group.tail]
+    names = tuple(node.name for node in others)
+    origin = Origin(
+        weight=decode.output[0],
+        places=tuple(place[id(node)] for node in group.nodes),
+        values=tuple(node.output[0] for node in group.nodes[1:-1]),
+        names=names if any(names) else (),
+        added=tuple(layer.missing),
+        texts=texts_of(others),
+        **group.origin,
+    )
+    node = NodeProto()
+    node.CopyFrom(layer.node)
+    node.op_type, node.domain = group.op.name, DOMAIN
+    del node.input[:], node.output[:]
+    bias = [] if layer.bias is None else [layer.bias]
+    node.input.extend([layer.node.input[0], *decode.input, *bias, *group.further])
+    node.output.append(group.nodes[-1].output[0])
+    node.attribute.extend(_attribute(name, value) for name, value in layer.missing.items())
+    node.attribute.extend(decode.attribute)
+    node.metadata_props.add(key=KEY, value=origin.to_json())
+    return node
+
+
+def _attribute(name: str, value: int | Sequence[int]) -> AttributeProto:
+    kind = AttributeProto.INT if isinstance(value, int) else AttributeProto.INTS
+    return helper.make_attribute(name, value, attr_type=kind)
+
+
+class _Graph:
+    """The main graph of a model, and what of it can be fused."""
+
+    def __init__(self, model: ModelProto, folder: Path) -> None:
+        self._model, self._folder = model, folder
+        self.nodes = list(model.graph.node)  # held, as ids mean nothing once a node is let go
+        self._scope: Scope = scopes(model)[0]
+        self.opset = main_opset(model)
+        self.writer = Writer(all_names(model))
+        listed = {value.name for value in model.graph.input}
+        self._fixed = {name for name in self._scope.initializers if name not in listed}
+        self._decodes: dict[str, tuple[NodeProto, tuple[int, ...]]] = {}
+        for node in self.nodes:
+            shape = self._weight_shape(node)
+            if shape is not None:
+                self._decodes[node.output[0]] = node, shape
+
+    def groups(self) -> list[_Group]:
+        """What can be fused, in order."""
+        layers = {node.output[0]: layer for node in self.nodes if (layer := self._layer(node)) is not None}
+        convs = {name for name, layer in layers.items() if layer.node.op_type == "Conv"}
+        return [self._group(layer, convs) for layer in layers.values()]
+
+    @cached_property
+    def _shapes(self) -> dict[str, Shape]:
+        known = {name: shape for name, (_, shape) in self._decodes.items()}
+        return infer_shapes(self._model, known, {id(node) for node, _ in self._decodes.values()})
+
+    def _weight_shape(self, node: NodeProto) -> tuple[int, ...] | None:
+        """Shape of the weight that a Decode node yields from constants; None for other nodes."""
+        if (node.domain, node.op_type) != (DOMAIN, "Decode") or not self._fixed.issuperset(node.input):
+            return None
+        if len(node.input) != 4 or len(node.output) != 1:
+            return None
+        layout = constant_value(self._scope, node.input[3], self._folder)
+        perm = attributes(node).get("perm", [])
+        sizes = [] if layout is None or layout.ndim != 1 else [int(size) for size in layout[2:]]
+        if sorted(perm) != list(range(len(sizes))) or min(sizes, default=0) < 1:
+            return None
+        return tuple(sizes[axis] for axis in perm)
+
+    def _layer(self, layer: NodeProto) -> _Layer | None:
+        """The layer and its Decode, if they can be fused."""
+        if layer.domain or layer.op_type not in HANDED_ON or len(layer.input) < 2 or len(layer.output) != 1:
+            return None
+        decode, shape = self._decodes.get(layer.input[1], (None, ()))
+        if decode is None or self._only_reader(layer.input[1]) is not layer or layer.input[0] == layer.input[1]:
+            return None
+        if any(attribute.ref_attr_name for attribute in layer.attribute):
+            return None
+        given = attributes(layer)
+        handed_on: dict[str, Any] | None = None
+        if layer.op_type == "Conv":
+            handed_on = conv_attributes(given, shape, lambda: self._shapes.get(layer.input[0]))
+        elif len(shape) == 2 and layer.op_type == "MatMul":
+            handed_on = {}
+        elif len(shape) == 2 and given.get("alpha", 1.0) == given.get("beta", 1.0) == 1.0 and not given.get("transA"):
+            handed_on = {"transB": int(given.get("transB", 0))}
+        if handed_on is None:
+            return None
+        bias = self._bias(layer, shape)
+        missing = {name: value for name, value in handed_on.items() if name not in given}
+        return None if bias is None else _Layer(decode, layer, missing, *bias)
+
+    def _group(self, layer: _Layer, convs: set[str]) -> _Group:
+        tail, further, more = self._tail(layer.node, convs)
+        op = FusedOp(layer.node.op_type, tuple(node.op_type for node in tail))
+        return _Group(layer, tail, op, {**layer.origin, **more}, further)
+
+    def _bias(self, layer: NodeProto, weight: tuple[int, ...]) -> tuple[str | None, dict[str, Any]] | None:
+        """Name of a bias of one value for each output, and what the note must say of it; None if it is another."""
+        if layer.op_type == "MatMul":
+            return None, {}
+        outputs_last = layer.op_type == "Gemm" and not attributes(layer).get("transB", 0)
+        outputs = weight[-1 if outputs_last else 0]
+        if len(layer.input) < 3 or not layer.input[2]:
+            return self.writer.constant(np.zeros(outputs, np.float32)), {"bias": tuple(layer.input[2:])}
+        name = layer.input[2]
+        if layer.op_type == "Conv":
+            return name, {}
+        values = self._constant(name)
+        if values is None:
+            return (name, {}) if self._shapes.get(name) == (outputs,) else None
+        if values.shape == (outputs,):
+            return name, {}
+        if values.dtype != np.float32 or (values.size != 1 and values.shape != (1, outputs)):
+            return None
+        each = np.broadcast_to(values.reshape(-1), outputs)
+        return self.writer.constant(each), {"bias": (name,), "bias_shape": values.shape}
+
+    def _only_reader(self, name: str) -> NodeProto | None:
+        """The node of the main graph that is all that reads a value, once; None if there is more, or less."""
+        uses = self._scope.uses.get(name, [])
+        if len(uses) != 1 or uses[0].scope is not self._scope or name in self._scope.outputs:
+            return None
+        return uses[0].node
+
+    def _constant(self, name: str) -> NDArray[Any] | None:
+        """The values of a constant that nobody can feed."""
+        if name in self._scope.initializers and name not in self._fixed:
+            return None
+        return constant_value(self._scope, name, self._folder)
+
+    def _tail(self, layer: NodeProto, convs: set[str]) -> _Tail:
+        """What follows a layer and is computed with it, its further inputs, and what the note must say of it.
+
+        Of two convolutions (outputs in ``convs``) that are added, the first summand takes the sum, as in onnxruntime.
+        """
+        nothing: _Tail = (), (), {}
+        first = self._follower(layer.output[0])
+        if first is None or layer.op_type == "MatMul":
+            return nothing
+        if first.op_type == "Relu":
+            return (first,), (), {}
+        if layer.op_type == "Conv" and first.op_type == "Clip" and self.opset >= CLIP_OPSET:
+            limits = self._limits(first)
+            return nothing if limits is None else ((first,), *limits)
+        if layer.op_type == "Conv" and first.op_type == "Add" and len(first.input) == 2:
+            swapped = first.input[1] == layer.output[0]
+            residual = first.input[0 if swapped else 1]
+            takes = swapped and residual in convs and self._follower(residual) is first
+            if takes or not self._equal_shapes(layer.output[0], residual):
+                return nothing
+            second = self._follower(first.output[0])
+            relu = (second,) if second is not None and second.op_type == "Relu" else ()
+            return (first, *relu), (residual,), {"swapped": True} if swapped else {}
+        return nothing
+
+    def _follower(self, name: str) -> NodeProto | None:
+        """The only reader of a value, if it is a plain operator."""
+        node = self._only_reader(name)
+        return None if node is None or node.domain or node.attribute or len(node.output) != 1 else node
+
+    def _limits(self, clip: NodeProto) -> tuple[tuple[str, ...], dict[str, Any]] | None:
+        """Names of a Clip's constant limits; one that is not given is made."""
+        given = tuple(clip.input[1:])
+        names = []
+        for place, least in enumerate((_FLOAT_LIMITS.min, _FLOAT_LIMITS.max)):
+            if place < len(given) and given[place]:
+                values = self._constant(given[place])
+                if values is None or values.shape not in ((), (1,)) or values.dtype != np.float32:
+                    return None
+                names.append(given[place])
+            else:
+                names.append(self.writer.constant(np.array(least, np.float32)))
+        return tuple(names), {} if given == tuple(names) else {"limits": given}
+
+    def _equal_shapes(self, one: str, other: str) -> bool:
+        """Whether two values surely have the same shape, so that an Add repeats neither."""
+        shape = self._shapes.get(one)
+        return shape is not None and None not in shape and shape == self._shapes.get(other)
