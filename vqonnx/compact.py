@@ -1,0 +1,96 @@
+"""Make all that is not weights in a compressed model as small as it gets; the outputs stay the same, bit for bit.
+
+The order of the steps matters: what was computed in advance leaves nodes that nobody reads, and names are given last.
+Inputs, outputs and opsets stay. Readers of files call `restore` first, which gives weights the names of the record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from onnx import ModelProto
+
+from vqonnx.bundle import bundle, unbundle
+from vqonnx.defaults import drop_defaults
+from vqonnx.fold import fold_constants
+from vqonnx.names import rename, shorten, spaces
+from vqonnx.record import Row, read_record, store_record
+from vqonnx.stored import StoredWeight, find_stored
+from vqonnx.tidy import drop_copies, drop_unread, merge_constants, pack_tensors, store_constants, strip
+
+_CONSTANTS_NEED_NO_LISTING = 4  # IR version from which on initializers need not be inputs
+
+
+def compact(model: ModelProto, folder: str | Path = ".") -> None:
+    """Take out of a model, in place, what nobody needs to run it, and shorten what is left.
+
+    What it computes, its inputs, outputs and opsets stay as they are, and so does what the record says of weights.
+    Names of nodes and of values inside, texts, and types of values inside go. Doing it twice changes nothing.
+
+    Args:
+        model: The model.
+        folder: Where it lies, for external data, which are left where they are.
+    """
+    restore(model)
+    strip(model)
+    before = -1
+    while before != (before := model.ByteSize()):  # one step makes room for another
+        if model.ir_version >= _CONSTANTS_NEED_NO_LISTING:
+            store_constants(model)
+        drop_copies(model)
+        fold_constants(model)
+        drop_unread(model)
+        pack_tensors(model)
+        merge_constants(model)
+        drop_defaults(model)
+    bundle(model)
+    if not model.training_info:  # it knows values by their names
+        _shorten(model, folder)
+
+
+def restore(model: ModelProto) -> bool:
+    """Give weights the names that the record has for them, and constants tensors of their own, in place.
+
+    Returns:
+        Whether there was anything to undo.
+    """
+    record = read_record(model)
+    size = len(model.graph.node)
+    unbundle(model)
+    names = {row.tensor: row.name for row in record.layers if row.tensor} if record is not None else {}
+    if record is not None and names:
+        rename(spaces(model)[0], lambda _, name: names.get(name, name))
+        store_record(model, replace(record, layers=tuple(replace(row, tensor="") for row in record.layers)))
+    return bool(names) or size != len(model.graph.node)
+
+
+def _shorten(model: ModelProto, folder: str | Path) -> None:
+    record = read_record(model)
+    rows = () if record is None else record.layers
+    weights = {id(weight.row): weight for weight in find_stored(model, folder, record) if weight.row is not None}
+    ordered = [weights[id(row)] for row in rows if id(row) in weights]
+    main, *functions = spaces(model)
+    shorten(main, [row.name for row in rows], [name for weight in ordered for name in _tensors(weight)])
+    for function in functions:
+        # Two functions may use a short name for two things, so weights in functions keep the names of the record.
+        mine = [weight for weight in ordered if weight.scope.lineage[-1].proto is function.proto]
+        for space in function.all:
+            space.fixed |= {name for weight in mine for name in _tensors(weight)} & space.uses.keys()
+        shorten(function)
+    if record is not None:
+        named = tuple(_named(row, weights.get(id(row))) for row in rows)
+        store_record(model, replace(record, layers=named), packed=True)
+
+
+def _named(row: Row, weight: StoredWeight | None) -> Row:
+    """The row with the names that the tensors of its weight have now."""
+    if weight is None:
+        return row
+    names = _tensors(weight)
+    return replace(row, factors=names) if row.factors else replace(row, tensor="" if names[0] == row.name else names[0])
+
+
+def _tensors(weight: StoredWeight) -> tuple[str, ...]:
+    """Names that its tensors have now."""
+    return tuple(nodes[-1].output[0] for nodes in weight.makers)
