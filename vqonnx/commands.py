@@ -13,6 +13,7 @@ from typing import Any, cast, get_args
 from vqonnx import modelfile, show
 from vqonnx.allocate import Progress
 from vqonnx.bench import bench
+from vqonnx.compact_file import compact_file
 from vqonnx.compress import compress
 from vqonnx.config import Config, read_config
 from vqonnx.errors import OptionError
@@ -48,6 +49,8 @@ def run_compress(options: argparse.Namespace) -> int:
             batch=options.batch,
             input_shapes=_shapes(options.input_shapes),
             allow_unchanged=options.allow_unchanged,
+            compact=options.compact,
+            half_biases=options.half_biases,
             progress=progress,
         )
     saved = result.save(options.output, verify=not options.no_verify, rtol=options.check_rtol, atol=options.check_atol)
@@ -207,6 +210,7 @@ def run_report(options: argparse.Namespace) -> int:
     elif not options.quiet:
         show.layers(found.layers)
         show.skipped(found.skipped)
+        show.parts(found.parts)
         show.sizes(found.bytes_before, found.bytes_after, Path(options.model))
         if found.distilled is not None:
             show.distilled(found.distilled)
@@ -218,6 +222,18 @@ def run_expand(options: argparse.Namespace) -> int:
     count = expand(options.model, options.output)
     if not options.quiet:
         show.line(f"{options.output}: {count} weights decoded, {modelfile.file_bytes(options.output):,} bytes")
+    return 0
+
+
+def run_compact(options: argparse.Namespace) -> int:
+    """Make everything but the weights of a file smaller."""
+    shapes = _shapes(options.input_shapes)
+    made = compact_file(options.model, options.output, verify=not options.no_verify, input_shapes=shapes)
+    if options.json:
+        _print_json(made.to_json())
+    elif not options.quiet:
+        show.parts(made.parts, made.parts_before)
+        show.sizes(made.bytes_before, made.bytes, made.path)
     return 0
 
 

@@ -15,7 +15,7 @@ from vqonnx.bundle import bundle, unbundle
 from vqonnx.defaults import drop_defaults
 from vqonnx.fold import fold_constants
 from vqonnx.names import rename, shorten, spaces
-from vqonnx.record import Row, read_record, store_record
+from vqonnx.record import Row, is_packed, read_record, store_record
 from vqonnx.stored import StoredWeight, find_stored
 from vqonnx.tidy import drop_copies, drop_unread, merge_constants, pack_tensors, store_constants, strip
 
@@ -33,6 +33,7 @@ def compact(model: ModelProto, folder: str | Path = ".") -> None:
         folder: Where it lies, for external data, which are left where they are.
     """
     restore(model)
+    unbundle(model)
     strip(model)
     before = -1
     while before != (before := model.ByteSize()):  # one step makes room for another
@@ -50,19 +51,22 @@ def compact(model: ModelProto, folder: str | Path = ".") -> None:
 
 
 def restore(model: ModelProto) -> bool:
-    """Give weights the names that the record has for them, and constants tensors of their own, in place.
+    """Undo, in place, what readers of weights would stumble over; models that are not compact stay as they are.
+
+    Weights get the names that the record has for them, constants are no longer parts of one, and the record is JSON.
 
     Returns:
-        Whether there was anything to undo.
+        Whether the model was compact.
     """
-    record = read_record(model)
-    size = len(model.graph.node)
+    if not is_packed(model):
+        return False
     unbundle(model)
-    names = {row.tensor: row.name for row in record.layers if row.tensor} if record is not None else {}
-    if record is not None and names:
+    record = read_record(model)
+    if record is not None:
+        names = {row.tensor: row.name for row in record.layers if row.tensor}
         rename(spaces(model)[0], lambda _, name: names.get(name, name))
         store_record(model, replace(record, layers=tuple(replace(row, tensor="") for row in record.layers)))
-    return bool(names) or size != len(model.graph.node)
+    return True
 
 
 def _shorten(model: ModelProto, folder: str | Path) -> None:

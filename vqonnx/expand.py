@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from vqonnx import modelfile
+from vqonnx.compact import restore
 from vqonnx.errors import InputError, ModelError
 from vqonnx.graph import Scope
 from vqonnx.modelfile import make_tensor, remove_entries, set_nodes
@@ -31,6 +32,7 @@ def expand(compressed: str | Path, plain: str | Path) -> int:
     compressed, plain = Path(compressed), Path(plain)
     modelfile.check_output(plain, compressed)
     model = modelfile.load(compressed)
+    restore(model)
     weights = find_stored(model, compressed.parent, read_record(model))
     if not weights:
         raise ModelError(f"{compressed}: holds no weight that vqonnx compressed; there is nothing to expand")

@@ -22,7 +22,12 @@ _log = logging.getLogger(__name__)
 
 
 def generate_feeds(
-    model: Model, *, shapes: Mapping[str, Sequence[int]] | None = None, count: int = 2, seed: int = 0
+    model: Model,
+    *,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    count: int = 2,
+    seed: int = 0,
+    library: bool = False,
 ) -> list[dict[str, Any]]:
     """Random inputs that the model runs on: floats in 0..1, integers and strings 0 or 1.
 
@@ -34,6 +39,7 @@ def generate_feeds(
         shapes: Shapes by input name, where the guess would be wrong.
         count: Feeds to make.
         seed: The same seed gives the same values.
+        library: The model needs vqonnx's custom-op library.
 
     Raises:
         ModelError: onnxruntime cannot load the model.
@@ -49,7 +55,7 @@ def generate_feeds(
             )
         if entry.shape is None and entry.name not in given:
             raise DataError(f"input {entry.name!r} has no rank; give its shape (--input-shapes) or calibration data")
-    session = open_session(model)
+    session = open_session(model, library=library)
     complaint = "no shape was tried"
     for guess in _guess_shapes(inputs, given):
         tried = ", ".join(f"{name} {list(shape)}" for name, shape in guess.items())

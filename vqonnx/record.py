@@ -201,6 +201,11 @@ def read_record(model: ModelProto) -> Record | None:
     return None
 
 
+def is_packed(model: ModelProto) -> bool:
+    """Whether the record is kept in the way that takes fewer bytes, as `vqonnx.compact` writes it."""
+    return any(entry.key == KEY and entry.value[:1] == _PACKED for entry in model.metadata_props)
+
+
 def _rows(content: dict[str, Any], methods: int) -> Iterator[Row]:
     for name, number, op_type, weight_snr_db, output_snr_db, *factors in content["layers"]:
         if len(factors) not in (0, 2):

@@ -19,6 +19,7 @@ from onnx import ModelProto
 from torch import Tensor
 
 from vqonnx import modelfile
+from vqonnx.compact import compact, restore
 from vqonnx.errors import ModelError, OptionError
 from vqonnx.moments import snr_db
 from vqonnx.record import write_record
@@ -104,6 +105,7 @@ def distill(
     recipe = recipe or Recipe()
     _check_device(device)
     proto = modelfile.load(path)
+    was_compact = restore(proto)
     coded = CodedModel(proto, path).to(device)
     teacher = Teacher(teacher_path, data, device=device)
     recipe = recipe.scaled(teacher.count)
@@ -143,6 +145,8 @@ def distill(
     if after > before:
         _log.warning("%s: the loss rose from %.4g to %.4g; choose smaller rates", path, before, after)
     result = _result(proto, student, coded, teacher_path, path, recipe, teacher)
+    if was_compact:
+        compact(result.model, path.parent)
     return Distilled(result, path, recipe, tuple(histories), before, after)
 
 
