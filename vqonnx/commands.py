@@ -13,6 +13,7 @@ from typing import Any, cast, get_args
 from vqonnx import modelfile, show
 from vqonnx.allocate import Progress
 from vqonnx.bench import bench
+from vqonnx.breakdown import breakdown
 from vqonnx.compact_file import compact_file
 from vqonnx.compress import compress
 from vqonnx.config import Config, read_config
@@ -56,6 +57,7 @@ def run_compress(options: argparse.Namespace) -> int:
     saved = result.save(options.output, verify=not options.no_verify, rtol=options.check_rtol, atol=options.check_atol)
     if options.json:
         content = sizes_json(result.bytes_before, saved.bytes, result.layers, result.skipped)
+        content["parts"] = breakdown(result.model)
         content["verify"] = None if saved.comparison is None else saved.comparison.to_json()
         _print_json(content)
     elif not options.quiet:

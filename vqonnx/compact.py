@@ -35,12 +35,14 @@ def compact(model: ModelProto, folder: str | Path = ".") -> None:
     restore(model)
     unbundle(model)
     strip(model)
+    weights = find_stored(model, folder, read_record(model))
+    makers = {name for weight in weights for node in weight.nodes for name in node.output}
     before = -1
     while before != (before := model.ByteSize()):  # one step makes room for another
         if model.ir_version >= _CONSTANTS_NEED_NO_LISTING:
             store_constants(model)
         drop_copies(model)
-        fold_constants(model)
+        fold_constants(model, makers)
         drop_unread(model)
         pack_tensors(model)
         merge_constants(model)

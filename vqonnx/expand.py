@@ -20,6 +20,7 @@ from vqonnx.place import main_opset
 from vqonnx.record import erase_record, read_record
 from vqonnx.runtime import open_session, run
 from vqonnx.stored import StoredWeight, elem_type, find_stored
+from vqonnx.tidy import constant_tensor
 
 
 def expand(compressed: str | Path, plain: str | Path) -> int:
@@ -78,10 +79,8 @@ def _constants(weight: StoredWeight) -> list[TensorProto]:
     for name in weight.constants:
         home = weight.scope.home(name)
         assert home is not None
-        if name in home.initializers:
-            tensor = home.initializers[name]
-        else:
-            tensor = next(a.t for a in home.producers[name].attribute if a.name == "value")
+        tensor = home.initializers[name] if name in home.initializers else constant_tensor(home.producers[name])
+        assert tensor is not None
         copy = TensorProto()
         copy.CopyFrom(modelfile.inlined(tensor, weight.folder))
         copy.name = name

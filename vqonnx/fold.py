@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,16 +35,20 @@ _CONSTANT_OF_ANY_TYPE = 9  # opset before which Constant is floating point
 _ELSEWHERE = -1  # a reader that is no node of the space
 
 
-def fold_constants(model: ModelProto) -> None:
+def fold_constants(model: ModelProto, kept: Collection[str] = ()) -> None:
     """Replace nodes of standard operators by what they yield, in graphs and functions.
 
     onnxruntime computes the values, as it does itself when it loads the model.
+
+    Args:
+        model: Changed in place.
+        kept: Outputs of nodes that stay, such as those that make weights from codes.
     """
     for main in spaces(model):
         imports = main.proto.opset_import if isinstance(main.proto, FunctionProto) else model.opset_import
         standard = [entry for entry in imports if entry.domain in STANDARD]
         for space in reversed(main.all):
-            while _Fold(space, standard, model.ir_version).apply():
+            while _Fold(space, standard, model.ir_version, kept).apply():
                 pass
 
 
@@ -55,6 +59,7 @@ class _Fold:
     space: Space
     imports: list[OperatorSetIdProto]
     ir_version: int
+    kept: Collection[str]
 
     def __post_init__(self) -> None:
         proto = self.space.proto
@@ -109,7 +114,7 @@ class _Fold:
         given = [tensor for tensor in inputs if tensor is not None]
         if node.op_type in _NEVER or node.domain not in STANDARD or any(True for _ in subgraphs(node)):
             return []
-        if any(attribute.ref_attr_name for attribute in node.attribute):
+        if any(attribute.ref_attr_name for attribute in node.attribute) or any(name in self.kept for name in names):
             return []
         if not given or len(given) < len(inputs) or sum(tensor.ByteSize() for tensor in given) > _LIMIT:
             return []

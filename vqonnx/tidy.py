@@ -37,7 +37,7 @@ def _strip(proto: GraphProto | FunctionProto) -> None:
         for entry in (*proto.input, *proto.output, *proto.initializer, *sparse):
             _clear(entry, "doc_string", "metadata_props")
     for node in proto.node:
-        _clear(node, "name", "doc_string")
+        _clear(node, "name", "doc_string", *(["domain"] if not node.domain else []))  # said, but empty
         remove_entries(node.metadata_props, lambda entry: entry.key != _NOTE)
         for names in (node.input, node.output):
             while names and not names[-1]:  # what is left out at the end need not be said
