@@ -6,15 +6,17 @@ Inputs, outputs and opsets stay. Readers of files call `restore` first, which gi
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from onnx import ModelProto
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto
 
 from vqonnx.bundle import bundle, unbundle
 from vqonnx.defaults import drop_defaults
 from vqonnx.fold import fold_constants
-from vqonnx.names import rename, shorten, spaces
+from vqonnx.macros import gather_runs, inline, write_macros
+from vqonnx.names import rename, shorten, spaces, subgraphs
 from vqonnx.record import Row, is_packed, read_record, store_record
 from vqonnx.stored import StoredWeight, find_stored
 from vqonnx.tidy import drop_copies, drop_unread, merge_constants, pack_tensors, store_constants, strip
@@ -47,6 +49,7 @@ def compact(model: ModelProto, folder: str | Path = ".") -> None:
         pack_tensors(model)
         merge_constants(model)
         drop_defaults(model)
+    gather_runs(model)
     bundle(model)
     if not model.training_info:  # it knows values by their names
         _shorten(model, folder)
@@ -62,6 +65,7 @@ def restore(model: ModelProto) -> bool:
     """
     if not is_packed(model):
         return False
+    inline(model)
     unbundle(model)
     record = read_record(model)
     if record is not None:
@@ -72,31 +76,58 @@ def restore(model: ModelProto) -> bool:
 
 
 def _shorten(model: ModelProto, folder: str | Path) -> None:
+    """Write macros, give short names, and note in the record how its weights are called in the end."""
     record = read_record(model)
     rows = () if record is None else record.layers
-    weights = {id(weight.row): weight for weight in find_stored(model, folder, record) if weight.row is not None}
-    ordered = [weights[id(row)] for row in rows if id(row) in weights]
+    found = find_stored(model, folder, record)
+    weights = {id(weight.row): weight for weight in found if weight.row is not None}
+    nodes = list(_all_nodes(model.graph))
+    places = {id(node): place for place, node in enumerate(nodes)}
+    makers = {key: [places.get(id(part[-1])) for part in weight.makers] for key, weight in weights.items()}
+    ordered = [name for row in rows if id(row) in weights for name in _tensors(weights[id(row)])]
+    fixed = {  # two functions may use a short name for two things, so weights in functions keep their names
+        name
+        for weight in weights.values()
+        if isinstance(weight.scope.lineage[-1].proto, FunctionProto)
+        for name in _tensors(weight)
+    }
+    write_macros(model)
     main, *functions = spaces(model)
-    shorten(main, [row.name for row in rows], [name for weight in ordered for name in _tensors(weight)])
+    shorten(main, [row.name for row in rows], ordered)
     for function in functions:
-        # Two functions may use a short name for two things, so weights in functions keep the names of the record.
-        mine = [weight for weight in ordered if weight.scope.lineage[-1].proto is function.proto]
         for space in function.all:
-            space.fixed |= {name for weight in mine for name in _tensors(weight)} & space.uses.keys()
+            space.fixed |= fixed & space.uses.keys()
         shorten(function)
     if record is not None:
-        named = tuple(_named(row, weights.get(id(row))) for row in rows)
+        plain = ModelProto()
+        plain.CopyFrom(model)
+        inline(plain)
+        outputs = [node.output[0] for node in _all_nodes(plain.graph)]
+        assert len(outputs) == len(nodes)
+        tensors = {
+            key: [outputs[place] for place in made if place is not None]
+            for key, made in makers.items()
+            if None not in made
+        }
+        named = tuple(_named(row, tensors.get(id(row), [])) for row in rows)
         store_record(model, replace(record, layers=named), packed=True)
 
 
-def _named(row: Row, weight: StoredWeight | None) -> Row:
-    """The row with the names that the tensors of its weight have now."""
-    if weight is None:
-        return row
-    names = _tensors(weight)
-    return replace(row, factors=names) if row.factors else replace(row, tensor="" if names[0] == row.name else names[0])
+def _all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """The nodes of a graph and of its subgraphs, in order."""
+    for node in graph.node:
+        yield node
+        for inner in subgraphs(node):
+            yield from _all_nodes(inner)
+
+
+def _named(row: Row, names: Sequence[str]) -> Row:
+    """The row with the names that the tensors of its weight have now; as it is where none is known."""
+    if row.factors:
+        return replace(row, factors=tuple(names) or row.factors)
+    return replace(row, tensor=names[0] if names and names[0] != row.name else "")
 
 
 def _tensors(weight: StoredWeight) -> tuple[str, ...]:
-    """Names that its tensors have now."""
+    """Names of the tensors of a weight."""
     return tuple(nodes[-1].output[0] for nodes in weight.makers)
