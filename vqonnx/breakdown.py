@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto
 
 from vqonnx.modelfile import graph_tensors
 
@@ -36,7 +36,26 @@ def breakdown(model: ModelProto) -> dict[str, int]:
 def field_bytes(message: Any) -> int:
     """Bytes of a message as a field of another one: itself, its tag (of one byte), and its length."""
     size: int = message.ByteSize()
-    return 1 + max(1, -(-size.bit_length() // 7)) + size
+    return 1 + _varint_bytes(size) + size
+
+
+def short_bytes(message: NodeProto | TensorProto) -> int:
+    """Bytes of a node or tensor as a field, if every name had two letters: what it takes when names are given."""
+    size: int = message.ByteSize()
+    names = [message.name] if isinstance(message, TensorProto) else [*message.input, *message.output]
+    size += sum(4 - _text_bytes(name) for name in names if name)
+    if isinstance(message, NodeProto) and message.name:
+        size -= _text_bytes(message.name)
+    return 1 + _varint_bytes(size) + size
+
+
+def _text_bytes(text: str) -> int:
+    length = len(text.encode())
+    return 1 + _varint_bytes(length) + length
+
+
+def _varint_bytes(number: int) -> int:
+    return max(1, -(-number.bit_length() // 7))
 
 
 def _value_bytes(tensor: TensorProto) -> int:

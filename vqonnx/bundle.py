@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from vqonnx.breakdown import field_bytes
+from vqonnx.breakdown import short_bytes
 from vqonnx.graph import attributes
 from vqonnx.modelfile import remove_entries, set_nodes
 from vqonnx.names import STANDARD, entry_names, short_names, spaces
@@ -23,7 +23,6 @@ from vqonnx.tidy import pack
 _LIMIT = 65536  # bytes of a constant that is bundled
 _SPLIT_INPUT = 13  # opset from which on Split takes its sizes as an input
 _SPLIT_COUNT = 18  # opset from which on Split has to be told into how many equal parts it divides
-_MARK = "vq"  # begins the names of what a bundle adds, until they are shortened
 _ALWAYS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8)
 _Kind = tuple[int, tuple[int, ...], bool]  # element type, shape behind the first axis, whether float16 holds it exactly
 
@@ -44,8 +43,8 @@ def bundle(model: ModelProto) -> None:
     for (_, _, half), arrays in groups.items():
         if len(arrays) < 2:
             continue
-        made = _Bundle.of(arrays, half, opset, [f"{_MARK}{next(names)}" for _ in range(3)])
-        if made.bytes < sum(field_bytes(tensors[name]) for name in arrays):
+        made = _Bundle.of(arrays, half, opset, [next(names) for _ in range(3)])
+        if made.bytes < sum(short_bytes(tensors[name]) for name in arrays):
             gone |= arrays.keys()
             graph.initializer.extend(made.tensors)
             set_nodes(graph, [*made.nodes, *graph.node])
@@ -101,7 +100,8 @@ class _Bundle:
 
     @property
     def bytes(self) -> int:
-        return sum(map(field_bytes, [*self.tensors, *self.nodes]))
+        parts: list[TensorProto | NodeProto] = [*self.tensors, *self.nodes]
+        return sum(map(short_bytes, parts))
 
 
 def _is_half(values: NDArray[np.float32]) -> bool:

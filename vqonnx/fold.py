@@ -19,7 +19,7 @@ from onnx import (
     numpy_helper,
 )
 
-from vqonnx.breakdown import field_bytes
+from vqonnx.breakdown import short_bytes
 from vqonnx.errors import InputError
 from vqonnx.modelfile import remove_entries
 from vqonnx.names import STANDARD, Space, entry_names, spaces, subgraphs
@@ -97,7 +97,7 @@ class _Fold:
                 for name in self.nodes[at].input
                 if name in self.stored and self.readers[name] <= gone | with_it
             }
-            before = sum(field_bytes(self.nodes[at]) for at in with_it)
+            before = sum(short_bytes(self.nodes[at]) for at in with_it)
             before += sum(self._bytes(self.stored[name]) for name in dropped - unread)
             if sum(map(self._bytes, tensors)) <= before and self._replaceable(tensors):
                 results[place] = tensors
@@ -140,7 +140,7 @@ class _Fold:
 
     def _bytes(self, tensor: TensorProto) -> int:
         """Bytes of a constant where it is stored."""
-        return field_bytes(tensor if isinstance(self.space.proto, GraphProto) else constant_node(tensor))
+        return short_bytes(tensor if isinstance(self.space.proto, GraphProto) else constant_node(tensor))
 
     def _replaceable(self, tensors: list[TensorProto]) -> bool:
         if isinstance(self.space.proto, FunctionProto):
