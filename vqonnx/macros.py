@@ -189,6 +189,8 @@ class _Macro:
         imports = [e for e in model.opset_import if ("" if e.domain == "ai.onnx" else e.domain) in domains]
         function = helper.make_function(DOMAIN, "a", list(arguments.values()), [output], nodes, imports)
         call = helper.make_node("a", ["aa"] * len(arguments), ["aa"], domain=DOMAIN)
+        if len(instances) < 2:
+            return cls(function, tuple(arguments), 0)
         each = sum(_bytes(leaf) for leaf in _leaves(pattern)) - field_bytes(call)
         return cls(function, tuple(arguments), len(instances) * each - field_bytes(function))
 
