@@ -8,13 +8,16 @@ ResNets start from ``resnet20_bn.onnx`` and ``resnet56_bn.onnx`` and train on th
 flips), with ``--start codes`` from their post-training codes (calibrated on 1,024 of those images). LeNet-5 starts from
 the file that ``benchmarks/lenet.py`` writes. Every run keeps its state under ``--work`` and goes on from there; each
 finished cell is one JSON file in ``benchmarks/results/dqc/`` with its schedule and losses. The rates were chosen on the
-last 5,000 training images (``--validate``); the test images only give the final figure.
+last 5,000 training images (``--validate``); the test images only give the final figure. On a machine with an
+accelerator ``--device cuda --train-only`` ends with the state; the same command without the two, on any machine that
+has it, evaluates.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import time
@@ -77,11 +80,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=4.0)
     parser.add_argument("--rate", type=float, default=0.01)
     parser.add_argument("--rule", choices=("magnitude", "identity"), default="identity")
-    parser.add_argument("--l2", type=float, default=1e-4)
+    parser.add_argument("--l2", type=float, help="default 1e-4; with --start model the authors' coefficient")
     parser.add_argument("--l1", type=float, default=1e-6)
     parser.add_argument("--teacher", type=float, default=0.0)
     parser.add_argument("--start", choices=("model", "codes"), default="codes")
+    parser.add_argument("--mixup", action="store_true", help="mix pairs of images; only with --teacher 1")
     parser.add_argument("--work", type=Path, default=Path("build/dqc"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--trained-on", metavar="TEXT", help="where the state comes from, for the table")
+    parser.add_argument("--train-only", action="store_true", help="leave the trained state under --work, and stop")
     parser.add_argument("--validate", action="store_true", help="hold out 5,000 training images and evaluate on them")
     chosen = parser.parse_args()
     if chosen.network == "table":
@@ -110,7 +117,7 @@ def run_cell(chosen: argparse.Namespace, bits: int, zero: bool, penalty: str) ->
         Schedule(steps, chosen.rate, drops=(int(0.6 * steps), int(0.85 * steps))),
         rule=chosen.rule,
         l1=chosen.l1 if penalty == "l1" else 0.0,
-        l2=chosen.l2 if penalty == "l2" else 0.0,
+        l2=_l2(chosen, bits, zero) if penalty == "l2" else 0.0,
         teacher=chosen.teacher,
     )
     method = vqonnx.DQC(bits=bits, zero=zero, fit="paper")
@@ -122,9 +129,13 @@ def run_cell(chosen: argparse.Namespace, bits: int, zero: bool, penalty: str) ->
         print(f"{name}: step {step} of {total}, {text}, {time.monotonic() - start:.0f} s", flush=True)
 
     batches = mnist_batches(images, labels) if network == "lenet5" else cifar_batches(images, labels)
+    if chosen.mixup:
+        if chosen.teacher != 1:
+            raise SystemExit("--mixup mixes images and not labels: it needs --teacher 1")
+        batches = mixed(batches)
     start_model = model
     if chosen.start == "codes":
-        start_model = coded_after_training(model, method, _feeds(network, images[:1024]), chosen.work, name)
+        start_model = coded_after_training(network, model, method, images[:1024], chosen.work)
     trained = train_dqc(
         start_model,
         batches,
@@ -132,9 +143,12 @@ def run_cell(chosen: argparse.Namespace, bits: int, zero: bool, penalty: str) ->
         recipe,
         original=model,
         checkpoint=checkpoint,
-        data_name=f"{len(images)}",
+        data_name=f"{len(images)}{' mixed' if chosen.mixup else ''}",
+        device=chosen.device,
         progress=progress,
     )
+    if chosen.train_only:
+        return
     saved = trained.result.save(chosen.work / f"{name}.onnx")
     if chosen.validate:
         found = vqonnx.compare(model, saved.path, _feeds(network, held), labels=held_labels)
@@ -152,7 +166,7 @@ def run_cell(chosen: argparse.Namespace, bits: int, zero: bool, penalty: str) ->
     nearest = vqonnx.compress(model, method).save(chosen.work / f"{name}_nearest.onnx")
     untrained = {"nearest": vqonnx.compare(model, nearest.path, test_feeds, labels=test_labels)}
     if chosen.start == "codes":
-        coded = chosen.work / f"{name}_coded.onnx"
+        coded = chosen.work / f"{_code_name(network, method)}_coded.onnx"
         untrained["codes"] = vqonnx.compare(model, coded, test_feeds, labels=test_labels)
     entry = {
         "network": network,
@@ -167,10 +181,12 @@ def run_cell(chosen: argparse.Namespace, bits: int, zero: bool, penalty: str) ->
         "bytes": saved.bytes,
         "bytes_before": trained.result.bytes_before,
         "epochs": chosen.epochs,
+        "mixup": chosen.mixup,
         "recipe": asdict(recipe),
         "diverged": trained.history.diverged,
         "losses": [(step, round(loss, 4)) for step, loss in trained.history.losses],
-        "setting": setting() + f"; torch {torch.__version__}, one thread",
+        "trained_on": chosen.trained_on or "processor, one thread",
+        "setting": setting() + f"; torch {torch.__version__}",
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(entry, indent=1) + "\n")
@@ -178,18 +194,33 @@ def run_cell(chosen: argparse.Namespace, bits: int, zero: bool, penalty: str) ->
 
 
 def _name(network: str, bits: int, zero: bool, penalty: str, chosen: argparse.Namespace) -> str:
-    more = f"{'_teacher' if chosen.teacher else ''}{'_codes' if chosen.start == 'codes' else ''}"
+    marks = {"_teacher": chosen.teacher, "_codes": chosen.start == "codes", "_mixup": chosen.mixup}
+    more = "".join(mark for mark, there in marks.items() if there)
     return f"{network}_{bits}bit_{'zero' if zero else 'nozero'}_{penalty}{more}"
 
 
-def coded_after_training(model: Path, method: vqonnx.DQC, calibration: list[Feed], folder: Path, name: str) -> Path:
-    """The network with its post-training codes (METHODS 2.9), as a plain file to train from."""
-    coded = folder / f"{name}_coded.onnx"
-    start = dataclasses.replace(method, fit="search", feedback=True)
-    vqonnx.compress(model, start, calibration=calibration).save(coded)
-    plain = folder / f"{name}_start.onnx"
-    expand(coded, plain)
+def _l2(chosen: argparse.Namespace, bits: int, zero: bool) -> float:
+    """The authors' coefficient is for training from the float weights; codes that are there already need less."""
+    if chosen.l2 is not None:
+        return float(chosen.l2)
+    if chosen.start == "codes":
+        return 1e-4
+    return 1e-3 if bits == 3 or zero else 5e-4
+
+
+def coded_after_training(network: str, model: Path, method: vqonnx.DQC, images: np.ndarray, folder: Path) -> Path:
+    """The network with its post-training codes (METHODS 2.9), as a plain file to train from; made once."""
+    coded, plain = (folder / f"{_code_name(network, method)}_{kind}.onnx" for kind in ("coded", "start"))
+    if not coded.exists():
+        start = dataclasses.replace(method, fit="search", feedback=True)
+        vqonnx.compress(model, start, calibration=_feeds(network, images)).save(coded)
+    if not plain.exists():
+        expand(coded, plain)
     return plain
+
+
+def _code_name(network: str, method: vqonnx.DQC) -> str:
+    return f"{network}_{method.bits}bit_{'zero' if method.zero else 'nozero'}"
 
 
 def cifar_batches(images: np.ndarray, labels: np.ndarray) -> Batches:
@@ -198,16 +229,27 @@ def cifar_batches(images: np.ndarray, labels: np.ndarray) -> Batches:
     def batch(step: int) -> tuple[Mapping[str, Any], np.ndarray]:
         chosen = _shuffled(step, len(images))
         rng = np.random.default_rng([1, step])
+        # Padding with black before normalising: what the fp32 networks were trained with.
         padded = np.pad(images[chosen], ((0, 0), (0, 0), (4, 4), (4, 4)))
         rows, cols = rng.integers(0, 9, (2, len(chosen)))
-        at = np.arange(32)
-        number = np.arange(len(chosen))[:, None, None, None]
-        channel = np.arange(3)[None, :, None, None]
-        crops = padded[number, channel, (rows[:, None] + at)[:, None, :, None], (cols[:, None] + at)[:, None, None, :]]
+        crops = np.stack(
+            [image[:, row : row + 32, col : col + 32] for image, row, col in zip(padded, rows, cols, strict=True)]
+        )
         mirrored = rng.random(len(chosen)) < 0.5
         crops[mirrored] = crops[mirrored][..., ::-1]
-        # Padding with black before normalising: what the fp32 networks were trained with.
         return {"input": (crops.astype(np.float32) / 255 - _MEAN) / _STD}, labels[chosen]
+
+    return batch
+
+
+def mixed(batches: Batches) -> Batches:
+    """Each image blended with the one before it, by a share of its own: inputs on which the teacher is less certain."""
+
+    def batch(step: int) -> tuple[Mapping[str, Any], np.ndarray]:
+        feeds, labels = batches(step)
+        (name, images), *_ = feeds.items()
+        shares = np.random.default_rng([2, step]).random((len(images), 1, 1, 1), np.float32)
+        return {name: shares * images + (1 - shares) * np.roll(images, 1, axis=0)}, labels
 
     return batch
 
@@ -223,9 +265,14 @@ def mnist_batches(images: np.ndarray, labels: np.ndarray) -> Batches:
 
 
 def _shuffled(step: int, count: int) -> np.ndarray:
+    """Which images a step takes."""
     per_epoch = count // _BATCH
-    order = np.random.default_rng([0, step // per_epoch]).permutation(count)
-    return order[step % per_epoch * _BATCH :][:_BATCH]
+    return _order(step // per_epoch, count)[step % per_epoch * _BATCH :][:_BATCH]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([0, epoch]).permutation(count)
 
 
 def _feeds(network: str, images: np.ndarray) -> list[Feed]:
@@ -264,12 +311,13 @@ def print_tables() -> None:
                 print(f"{row}| not run |")
             for path in ours:
                 e = json.loads(path.read_text())
-                settings.add(e["setting"])
+                settings.add(f"trained on: {e['trained_on']}; evaluated on: {e['setting']}")
                 stopped = "" if e["diverged"] is None else f" (stopped at step {e['diverged']})"
                 untrained = e["untrained"]
+                start = f"{e['start']}{', mixed images' if e.get('mixup') else ''}"
                 print(
                     f"{row}| {e['trained']:.2f}{stopped} | {e['recipe']['teacher']:g} | {e['fp32']:.2f} "
-                    f"| {untrained['nearest']:.2f} | {untrained.get('codes', '')} | {e['start']} | {e['epochs']:g} "
+                    f"| {untrained['nearest']:.2f} | {untrained.get('codes', '')} | {start} | {e['epochs']:g} "
                     f"| {e['recipe']['schedule']['rate']:g} | {e['bytes']:,} |"
                 )
         for text in sorted(settings):

@@ -249,7 +249,7 @@ def test_the_record_tells_the_new_errors_and_what_was_done(small: Path, tmp_path
     made = distill(MLP, small, images(64), SHORT)
     made.save(out)
     before, after = vqonnx.report(small), vqonnx.report(out)
-    assert after.distilled == {"images": 64, **asdict(SHORT)}
+    assert after.distilled == {"images": 64, **asdict(SHORT.scaled(64))}
     assert before.distilled is None
     assert "distilled" not in before.to_json()
     assert after.to_json()["distilled"] == after.distilled
@@ -382,7 +382,9 @@ def test_the_default_schedule_is_the_published_one_scaled(images: int, batch: in
     recipe = Recipe(batch=batch).scaled(images)
     assert recipe.steps == max(1, round(9 * images / batch))
     assert recipe.layer_steps == max(1, round(images / 4 / batch))
-    assert Recipe(batch=batch, steps=5, layer_steps=0).scaled(images) == Recipe(batch=batch, steps=5, layer_steps=0)
+    assert (recipe.rate, recipe.layer_rate) == (0.01, 0.05)
+    given_already = Recipe(batch=batch, steps=5, layer_steps=0, rate=0.2, layer_rate=0.3)
+    assert given_already.scaled(images) == given_already
 
 
 def test_imagenet_gives_the_published_numbers() -> None:

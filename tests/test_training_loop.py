@@ -13,6 +13,8 @@ from vqonnx.errors import InputError, OptionError
 from vqonnx.training.loop import Schedule, train
 
 SCHEDULE = Schedule(steps=20, rate=0.1, drops=(15,))
+ADAM = Schedule(steps=20, rate=0.1, optimiser="adam", cosine=True)
+both = pytest.mark.parametrize("schedule", [SCHEDULE, ADAM], ids=["sgd", "adam"])
 
 
 def quadratic() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -30,17 +32,35 @@ def loss_of(parameters: dict[str, Tensor], others: dict[str, Tensor], broken: in
     return loss
 
 
-def test_the_loss_falls_and_is_kept() -> None:
+@both
+def test_the_loss_falls_and_is_kept(schedule: Schedule) -> None:
     parameters, others = quadratic()
-    history = train(loss_of(parameters, others), parameters, SCHEDULE, others=others, every=5)
+    history = train(loss_of(parameters, others), parameters, schedule, others=others, every=5)
     assert [step for step, _ in history.losses] == [5, 10, 15, 20]
     assert history.losses[-1][1] < history.losses[0][1] / 3
     assert (history.steps, history.diverged) == (20, None)
 
 
-def test_a_run_that_was_cut_off_ends_like_one_that_was_not(tmp_path: Path) -> None:
+def test_adam_moves_a_tensor_by_its_own_size() -> None:
+    small, large = (torch.tensor([size, -size], requires_grad=True) for size in (1e-3, 1e3))
+    schedule = Schedule(steps=1, rate=0.01, optimiser="adam")
+    train(lambda _: small.sum() + large.sum(), {"small": small, "large": large}, schedule)
+    assert small.tolist() == pytest.approx([0.99e-3, -1.01e-3], rel=1e-5)
+    assert large.tolist() == pytest.approx([990, -1010], rel=1e-5)
+
+
+def test_a_cosine_ends_near_zero() -> None:
+    rates = [ADAM.rate_at(step) for step in range(20)]
+    assert rates[0] == 0.1
+    assert rates == sorted(rates, reverse=True)
+    assert rates[10] == pytest.approx(0.05)
+    assert 0 < rates[19] < 0.001
+
+
+@both
+def test_a_run_that_was_cut_off_ends_like_one_that_was_not(schedule: Schedule, tmp_path: Path) -> None:
     parameters, others = quadratic()
-    train(loss_of(parameters, others), parameters, SCHEDULE, others=others, every=4)
+    train(loss_of(parameters, others), parameters, schedule, others=others, every=4)
 
     class Interrupted(Exception):
         pass
@@ -55,9 +75,9 @@ def test_a_run_that_was_cut_off_ends_like_one_that_was_not(tmp_path: Path) -> No
 
     checkpoint = tmp_path / "state.pt"
     with pytest.raises(Interrupted):
-        train(cut, again, SCHEDULE, others=counted, every=4, checkpoint=checkpoint)
+        train(cut, again, schedule, others=counted, every=4, checkpoint=checkpoint)
     fresh, recounted = quadratic()
-    history = train(loss_of(fresh, recounted), fresh, SCHEDULE, others=recounted, every=4, checkpoint=checkpoint)
+    history = train(loss_of(fresh, recounted), fresh, schedule, others=recounted, every=4, checkpoint=checkpoint)
     assert torch.equal(fresh["a"], parameters["a"])
     assert torch.equal(recounted["seen"], others["seen"])
     assert [step for step, _ in history.losses] == [4, 8, 12, 16, 20]

@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--layer-rate", type=float, metavar="R", help="their learning rate")
     add("--batch", type=int, metavar="N", help="images of a step (default 128)")
     add("--loss", metavar="L", help="kl for classifiers (default), mse for anything")
+    add("--optimiser", metavar="O", help="sgd (default, as published) or adam, for networks without BatchNormalization")
     add("--gradient", metavar="G", help="of a codeword: mean over its blocks (default) or sum")
     add("--biases", action="store_true", default=None, help="move biases as well")
     add("--seed", type=int, metavar="N", help="same seed, same bytes on one thread (default 0)")
@@ -144,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=128, metavar="N", help="images of a step (default 128)")
     add("--seed", type=int, metavar="N", help="same seed, same bytes on one thread (default 0)")
     add("--checkpoint", metavar="FILE", help="keep the state here, and go on from it")
+    add("--device", default="cpu", metavar="D", help="where PyTorch computes (default cpu)")
     add("--no-verify", action="store_true", help="do not load and run the written model")
     add("--json", action="store_true", help="print JSON")
 

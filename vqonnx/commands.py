@@ -160,6 +160,7 @@ def run_train_dqc(options: argparse.Namespace) -> int:
             original=options.original,
             checkpoint=None if options.checkpoint is None else Path(options.checkpoint),
             data_name=f"{Path(options.data).name} {Path(options.labels).name}",
+            device=options.device,
             progress=progress and (lambda done, total, text: progress(done - 1, total, text)),
         )
     saved = trained.result.save(options.output, verify=not options.no_verify)

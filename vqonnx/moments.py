@@ -61,10 +61,14 @@ class Moments:
                 at = slice(start, start + len(block))
                 covariance[at, at] = block / self.rows - np.outer(sums[at], sums[at]) / self.rows**2
                 start += len(block)
-            share = cols / (cols + 2 * self.rows)
             mean = float(np.trace(covariance)) / cols
-            found.append((1 - share) * covariance + share * mean * np.eye(cols))
+            found.append((1 - self.shrinkage) * covariance + self.shrinkage * mean * np.eye(cols))
         return tuple(found)
+
+    @property
+    def shrinkage(self) -> float:
+        """How little the covariance is trusted, 0 to 1."""
+        return self.cols / (self.cols + 2 * self.rows)
 
     @property
     def cols(self) -> int:
@@ -220,12 +224,15 @@ class Cross:
             np.split(wanted, moments.groups), self.products, self.sums, moments.sums, moments.covariances(), strict=True
         ):
             across = product / moments.rows - np.outer(xh, x) / moments.rows**2
-            ridge = damping * float(np.trace(covariance)) / len(covariance)
-            if ridge <= 0:
+            mean = float(np.trace(covariance)) / len(covariance)
+            if mean <= 0:
                 found.append(part)
                 continue
-            system = covariance + ridge * np.eye(len(covariance))
-            found.append(np.linalg.solve(system, across @ part.T + ridge * part.T).T)
+            # What shrinks the covariance of xh with itself shrinks that with x: without a difference, W is the answer.
+            across = (1 - moments.shrinkage) * across
+            ridge = damping * mean
+            drawn = (ridge + moments.shrinkage * mean) * part.T
+            found.append(np.linalg.solve(covariance + ridge * np.eye(len(covariance)), across @ part.T + drawn).T)
         return np.concatenate(found)
 
 

@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from onnx import ModelProto
 from torch import Tensor
 
 from vqonnx import modelfile
 from vqonnx.compact import compact, restore
-from vqonnx.errors import ModelError, OptionError
+from vqonnx.errors import ModelError
 from vqonnx.moments import snr_db
 from vqonnx.record import write_record
 from vqonnx.report import report
 from vqonnx.result import Result, Saved
 from vqonnx.training.coded import CodedModel
+from vqonnx.training.device import check_device
 from vqonnx.training.executor import TorchGraph
 from vqonnx.training.loop import History, Progress, train
 from vqonnx.training.recipe import Recipe
@@ -103,7 +103,7 @@ def distill(
     """
     teacher_path, path = Path(original), Path(compressed)
     recipe = recipe or Recipe()
-    _check_device(device)
+    check_device(device)
     proto = modelfile.load(path)
     was_compact = restore(proto)
     coded = CodedModel(proto, path).to(device)
@@ -162,13 +162,6 @@ def _originals(original: Path, coded: CodedModel, compressed: Path, device: str)
                 f"{original}: '{weight.name}' is {shape}, in {compressed.name} {stored}, which was not made from it"
             )
     return {weight.name: values[weight.name].to(device) for weight in coded.weights}
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"device '{device}': {str(error).splitlines()[0]}; choose cpu") from error
 
 
 def _settings(recipe: Recipe, original: Path, compressed: Path, teacher: Teacher) -> dict[str, Any]:

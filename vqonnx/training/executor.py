@@ -105,8 +105,10 @@ class TorchGraph:
         return {name: values[name] if name in values else self.values[name] for name in self.outputs}
 
     def to(self, device: str | torch.device) -> TorchGraph:
-        """Move the constants to a device."""
-        self.values = {name: value.to(device) for name, value in self.values.items()}
+        """Move the constants to a device; whole numbers, sizes and positions, stay where Python reads them."""
+        self.values = {
+            name: value.to(device) if value.is_floating_point() else value for name, value in self.values.items()
+        }
         return self
 
     def _fold(self, nodes: list[NodeProto]) -> list[tuple[NodeProto, dict[str, Any]]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,16 +21,22 @@ _log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 
 
+Optimiser = Literal["sgd", "adam"]
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """Stochastic gradient descent with momentum, the rate divided by ten at some steps.
+    """How parameters move: stochastic gradient descent with momentum, or Adam (Kingma and Ba 2015).
 
     Attributes:
         steps: Number of steps.
-        rate: Learning rate of the first.
+        rate: Learning rate of the first. With ``adam`` in units of the root mean square that a parameter begins with,
+            so that one rate suits tensors of any size.
         drops: Steps from which on the rate is a tenth of what it was.
         momentum: Of the gradient.
-        weight_decay: Times the parameters, added to the gradient.
+        weight_decay: Times the parameters, added to the gradient; not with ``adam``.
+        optimiser: ``sgd`` or ``adam``.
+        cosine: The rate falls to zero along half a cosine.
     """
 
     steps: int
@@ -36,6 +44,8 @@ class Schedule:
     drops: tuple[int, ...] = ()
     momentum: float = 0.9
     weight_decay: float = 0.0
+    optimiser: Optimiser = "sgd"
+    cosine: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -45,7 +55,24 @@ class Schedule:
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step."""
-        return self.rate * 0.1 ** sum(step >= drop for drop in self.drops)
+        return self.rate * self._share(step)
+
+    def _share(self, step: int) -> float:
+        dropped: float = 0.1 ** sum(step >= drop for drop in self.drops)
+        return dropped * (0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.cosine else 1.0)
+
+    def start(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """The optimiser as it is before the first step."""
+        if self.optimiser == "sgd":
+            return torch.optim.SGD(parameters, lr=self.rate, momentum=self.momentum, weight_decay=self.weight_decay)
+        groups = [{"params": [value], "lr": self.rate * _size(value)} for value in parameters]
+        return torch.optim.Adam(groups, betas=(self.momentum, 0.999), eps=1e-12)
+
+    def adjust(self, optimiser: torch.optim.Optimizer, step: int) -> None:
+        """Set the rates of a step."""
+        for group in optimiser.param_groups:
+            group.setdefault("first", group["lr"])
+            group["lr"] = group["first"] * self._share(step)
 
 
 @dataclass
@@ -95,12 +122,7 @@ def train(
         InputError: The checkpoint cannot be read.
     """
     others = others or {}
-    optimiser = torch.optim.SGD(
-        list(parameters.values()),
-        lr=schedule.rate,
-        momentum=schedule.momentum,
-        weight_decay=schedule.weight_decay,
-    )
+    optimiser = schedule.start(list(parameters.values()))
     identity = json.dumps({"schedule": asdict(schedule), "settings": settings, "every": every}, sort_keys=True)
     state = _State(parameters, others, optimiser, identity)
     history = History()
@@ -113,8 +135,7 @@ def train(
     total = 0.0
     start = history.steps
     for step in range(start, schedule.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = schedule.rate_at(step)
+        schedule.adjust(optimiser, step)
         optimiser.zero_grad(set_to_none=True)
         value = loss(step)
         value.backward()  # type: ignore[no-untyped-call]
@@ -144,10 +165,16 @@ def train(
             total = 0.0
             kept = state.copy()
             if checkpoint is not None:
-                state.save(checkpoint, history)
+                state.save(checkpoint, history, moments=not last)
     if checkpoint is not None and history.diverged is not None:
         state.save(checkpoint, history)
     return history
+
+
+def _size(value: Tensor) -> float:
+    """Root mean square; 1 where everything is zero."""
+    size = float(value.detach().double().pow(2).mean().sqrt())
+    return size if size > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -156,7 +183,7 @@ class _State:
 
     parameters: Mapping[str, Tensor]
     others: Mapping[str, Tensor]
-    optimiser: torch.optim.SGD
+    optimiser: torch.optim.Optimizer
     identity: str
 
     def finite(self) -> bool:
@@ -165,12 +192,8 @@ class _State:
     def copy(self) -> dict[str, Any]:
         tensors = {name: value.detach().clone() for name, value in self.parameters.items()}
         others = {name: value.clone() for name, value in self.others.items()}
-        momenta = {
-            name: self.optimiser.state[value]["momentum_buffer"].clone()
-            for name, value in self.parameters.items()
-            if self.optimiser.state.get(value, {}).get("momentum_buffer") is not None
-        }
-        return {"parameters": tensors, "others": others, "momenta": momenta}
+        moments = copy.deepcopy(self.optimiser.state_dict()["state"])
+        return {"parameters": tensors, "others": others, "optimiser": moments}
 
     def restore(self, kept: Mapping[str, Any]) -> None:
         with torch.no_grad():
@@ -178,18 +201,19 @@ class _State:
                 value.copy_(kept["parameters"][name])
             for name, value in self.others.items():
                 value.copy_(kept["others"][name])
-            for name, value in kept["momenta"].items():
-                self.optimiser.state[self.parameters[name]]["momentum_buffer"] = value.clone()
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": copy.deepcopy(kept["optimiser"]), "param_groups": groups})
 
-    def save(self, path: Path, history: History) -> None:
-        """Write the state; the file appears whole or not at all."""
+    def save(self, path: Path, history: History, *, moments: bool = True) -> None:
+        """Write the state, at the end without that of the optimiser; the file appears whole or not at all."""
         draft = path.with_name(path.name + ".part")
-        torch.save({"identity": self.identity, "history": asdict(history), **self.copy()}, draft)
+        kept = self.copy() if moments else {**self.copy(), "optimiser": {}}
+        torch.save({"identity": self.identity, "history": asdict(history), **kept}, draft)
         os.replace(draft, path)
 
     def load(self, path: Path) -> History:
         try:
-            kept = torch.load(path, weights_only=True)
+            kept = torch.load(path, map_location="cpu", weights_only=True)
             identity, history = kept["identity"], History(**kept["history"])
         except Exception as error:  # torch and pickle have many ways to say that a file is not theirs
             raise InputError(f"{path}: not a checkpoint of this version; delete it to start anew") from error

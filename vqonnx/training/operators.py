@@ -298,7 +298,7 @@ def gather(call: Call) -> Tensor:
     axis = call.attribute("axis", 0) % call.x.ndim
     index = call.tensor(1).long()
     size = call.x.shape[axis]
-    flat = call.x.index_select(axis, torch.where(index < 0, index + size, index).reshape(-1))
+    flat = call.x.index_select(axis, torch.where(index < 0, index + size, index).reshape(-1).to(call.x.device))
     return torch.reshape(flat, (*call.x.shape[:axis], *index.shape, *call.x.shape[axis + 1 :]))
 
 
