@@ -92,7 +92,7 @@ def test_compress_json(run: Run, source: Path, out: Path, images: Path) -> None:
     code, text, err = run("compress", source, out, "--calibration", images, "--set", "first=true", "--json", "--quiet")
     assert (code, err) == (0, "")
     content = json.loads(text)
-    assert list(content) == ["bytes", "ratio", "layers", "skipped", "verify"]
+    assert list(content) == ["bytes", "ratio", "layers", "skipped", "parts", "verify"]
     assert content["bytes"] == {"before": source.stat().st_size, "after": out.stat().st_size}
     assert {layer["method"] for layer in content["layers"]} == {"bgd"}
     assert all(layer["output_snr_db"] is not None for layer in content["layers"])

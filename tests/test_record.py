@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,17 @@ from hypothesis import strategies as st
 from onnx import ModelProto
 
 from vqonnx.graph import Skipped
-from vqonnx.record import KEY, LayerRecord, Record, Row, erase_record, read_record, write_record
+from vqonnx.record import (
+    KEY,
+    LayerRecord,
+    Record,
+    Row,
+    erase_record,
+    is_packed,
+    read_record,
+    store_record,
+    write_record,
+)
 
 texts = st.text(max_size=12)
 decibels = st.none() | st.floats(-300, 300)
@@ -96,3 +107,48 @@ def test_bits_per_weight_count_every_stored_byte() -> None:
     layer = LayerRecord("w", "Conv", (4, 3, 3, 3), "pq", {}, 54, None, None)
     assert (layer.weights, layer.bits_per_weight) == (108, 4.0)
     assert layer.to_json()["bits_per_weight"] == 4.0
+
+
+rows = st.builds(
+    Row,
+    name=texts,
+    method=st.integers(0, 1),
+    op_type=st.sampled_from(["Conv", "Gemm"]),
+    weight_snr_db=decibels,
+    output_snr_db=decibels,
+)
+names = st.sampled_from(["a", "b", "c", "_", "aa", "ab", "Z", "0", "long name"])
+packed_rows = st.one_of(
+    rows,
+    st.builds(lambda row, name: replace(row, tensor="" if name == row.name else name), rows, names),
+    st.builds(lambda row, *pair: replace(row, factors=pair), rows, names, names),
+)
+
+
+@given(before=st.integers(0, 10**12), made=st.lists(packed_rows), left=st.lists(st.builds(Skipped, texts, texts)))
+def test_a_packed_record_says_the_same(before: int, made: list[Row], left: list[Skipped]) -> None:
+    methods = (("pq", {"bits": 4}), ("kmeans", {"bits": 2, "order": "ihw"}))
+    record = Record(before, methods, tuple(made), tuple(left), {"images": 3})
+    model = ModelProto()
+    store_record(model, record, packed=True)
+    assert is_packed(model)
+    assert read_record(ModelProto.FromString(model.SerializeToString())) == record
+
+
+def test_a_packed_record_is_as_documented_for_ever() -> None:
+    """The dictionary of deflate is part of the format: what was written once must be read."""
+    model = ModelProto()
+    store_record(
+        model, Record(5, (("pq", {"bits": 4}),), (Row("w", 0, "Gemm", 1.5, None, tensor="a"),), ()), packed=True
+    )
+    (entry,) = model.metadata_props
+    assert entry.value == "z!)K!@78?r+;pUs58C4Dr7$AlO9gtzDX9^9USTX_w00"
+    rows = (Row("w", 0, "Gemm", 1.5, None, tensor="a"),)
+    assert read_record(model) == Record(5, (("pq", {"bits": 4}),), rows, ())
+
+
+@pytest.mark.parametrize("value", ["z", "z!!", "z" + "0" * 40, "zé"])
+def test_a_damaged_packed_record_is_none(value: str) -> None:
+    model = ModelProto()
+    model.metadata_props.add(key=KEY, value=value)
+    assert read_record(model) is None

@@ -54,7 +54,8 @@ def test_the_promised_keys(target: Target, tmp_path: Path) -> None:
     path = compress("mixed", target, tmp_path, calibration=nets.feeds_of("mixed"))
     content = vqonnx.report(path).to_json()
     assert json.loads(json.dumps(content, allow_nan=False)) == content
-    assert list(content) == ["bytes", "ratio", "layers", "skipped"]
+    assert list(content) == ["bytes", "ratio", "layers", "skipped", "parts"]
+    assert sum(content["parts"].values()) == content["bytes"]["after"]
     before, after = (tmp_path / "mixed.onnx").stat().st_size, path.stat().st_size
     assert content["bytes"] == {"before": before, "after": after}
     assert content["ratio"] == round(before / after, 4)

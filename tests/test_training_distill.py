@@ -194,6 +194,18 @@ def test_any_target_and_any_method(tmp_path: Path) -> None:
         np.testing.assert_allclose(distilled[target][0], distilled["hybrid"][0], rtol=1e-3, atol=1e-4)
 
 
+def test_a_compact_file_stays_compact(tmp_path: Path) -> None:
+    path, out, plain = tmp_path / "compact.onnx", tmp_path / "out.onnx", tmp_path / "plain.onnx"
+    before = vqonnx.compress(CONV, PQ(width=8, bits=4), compact=True, half_biases=True).save(path)
+    made = distill(CONV, path, CALIBRATION, replace(SHORT, biases=True))
+    assert made.loss_after < made.loss_before
+    saved = made.save(out)
+    assert before.bytes < saved.bytes < before.bytes + 2600, "biases are no longer float16, and there is a note"
+    assert [layer.name for layer in vqonnx.report(out).layers] == [layer.name for layer in vqonnx.report(path).layers]
+    assert all(len(name) <= 2 for node in onnx.load(out).graph.node for name in node.output if name != "logits")
+    assert vqonnx.expand(out, plain) == len(made.result.layers)
+
+
 def test_any_outputs_by_squared_error(tmp_path: Path) -> None:
     model = parse(
         """(float[N, 5, 6] x) => (float[N, 5, 40] y, float[N, 5, 40] z) {

@@ -1,5 +1,6 @@
 """Make ONNX models 8 to 30 times smaller by vector quantisation, run them on onnxruntime, prove that they agree."""
 
+from vqonnx.compact_file import Compacted, compact_file
 from vqonnx.compress import Override, compress
 from vqonnx.errors import DataError, FormError, InputError, ModelError, OptionError, VerifyError, VqonnxError
 from vqonnx.expand import expand
@@ -19,6 +20,7 @@ __all__ = [
     "SVD",
     "Best",
     "Binary",
+    "Compacted",
     "Comparison",
     "DataError",
     "FormError",
@@ -36,6 +38,7 @@ __all__ = [
     "Transform",
     "VerifyError",
     "VqonnxError",
+    "compact_file",
     "compare",
     "compress",
     "expand",

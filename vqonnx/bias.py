@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto
 
-from vqonnx.graph import Site, attributes
+from vqonnx.graph import LINEAR, Site, attributes
 from vqonnx.modelfile import make_tensor, to_array
 from vqonnx.place import node_reads
 
@@ -99,6 +99,26 @@ def store(model: ModelProto, biases: Iterable[Bias]) -> None:
     for tensor in model.graph.initializer:
         if tensor.name in by_name:
             tensor.CopyFrom(by_name[tensor.name].tensor())
+
+
+def halve_biases(model: ModelProto, folder: Path) -> None:
+    """Round the float32 biases of layers of the main graph to float16; those beyond its range stay as they are."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    outputs = {name for node in model.graph.node if node.op_type in LINEAR for name in node.output}
+    others = {entry.name for entry in (*model.graph.input, *model.graph.output)}
+    found = set()
+    for node in model.graph.node:
+        biases = [name for index, name in enumerate(node.input) if index == _INPUT.get(node.op_type)]
+        if node.op_type == "Add" and outputs.intersection(node.input):
+            biases = [name for name in node.input if name in tensors]
+        found.update(biases)
+        others |= node_reads(node) - set(biases)
+    for name in tensors.keys() & found - others:
+        values = to_array(tensors[name], folder)
+        with np.errstate(over="ignore"):
+            rounded = values.astype(np.float16).astype(np.float32)
+        if np.isfinite(rounded).all():
+            tensors[name].CopyFrom(make_tensor(rounded, TensorProto.FLOAT, name))
 
 
 def _place(

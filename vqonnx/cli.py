@@ -103,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-verify", action="store_true", help="do not load and run the written model")
     add("--allow-unchanged", action="store_true", help="copy a model in which nothing can be compressed")
     _add_fuse(add)
+    text = "make all that is not weights as small as it gets: names, attributes, constants (not the default)"
+    add("--compact", action=argparse.BooleanOptionalAction, default=False, help=text)
+    add("--half-biases", action="store_true", help="round biases to float16, which takes half the bytes with --compact")
     add("--json", action="store_true", help="print JSON")
 
     add = _command(
@@ -178,6 +181,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--undo", action="store_true", help="take fused layers apart")
     add("--input-shapes", metavar="NAME:SHAPE", nargs="+", default=[], help="for generated inputs: name:1x3x224x224")
     add("--no-verify", action="store_true", help="do not run the old and the new model")
+    add("--json", action="store_true", help="print JSON")
+
+    add = _command(commands, "compact", run.run_compact, "make all that is not weights in a compressed model smaller")
+    add("model", metavar="IN", help="a compressed model")
+    add("output", metavar="OUT", help="the same model in fewer bytes; its outputs are the same bit for bit")
+    add("--input-shapes", metavar="NAME:SHAPE", nargs="+", default=[], help="for generated inputs: name:1x3x224x224")
+    add("--no-verify", action="store_true", help="do not run both models")
     add("--json", action="store_true", help="print JSON")
 
     add = _command(

@@ -13,6 +13,8 @@ from typing import Any, cast, get_args
 from vqonnx import modelfile, show
 from vqonnx.allocate import Progress
 from vqonnx.bench import bench
+from vqonnx.breakdown import breakdown
+from vqonnx.compact_file import compact_file
 from vqonnx.compress import compress
 from vqonnx.config import Config, read_config
 from vqonnx.errors import OptionError
@@ -50,11 +52,14 @@ def run_compress(options: argparse.Namespace) -> int:
             input_shapes=_shapes(options.input_shapes),
             allow_unchanged=options.allow_unchanged,
             fuse=options.fuse,
+            compact=options.compact,
+            half_biases=options.half_biases,
             progress=progress,
         )
     saved = result.save(options.output, verify=not options.no_verify, rtol=options.check_rtol, atol=options.check_atol)
     if options.json:
         content = sizes_json(result.bytes_before, saved.bytes, result.layers, result.skipped)
+        content["parts"] = breakdown(result.model)
         content["verify"] = None if saved.comparison is None else saved.comparison.to_json()
         _print_json(content)
     elif not options.quiet:
@@ -210,6 +215,7 @@ def run_report(options: argparse.Namespace) -> int:
     elif not options.quiet:
         show.layers(found.layers)
         show.skipped(found.skipped)
+        show.parts(found.parts)
         show.sizes(found.bytes_before, found.bytes_after, Path(options.model))
         if found.distilled is not None:
             show.distilled(found.distilled)
@@ -237,6 +243,18 @@ def run_fuse(options: argparse.Namespace) -> int:
         _print_json({"layers": dict(made.layers), "bytes": made.bytes})
     elif not options.quiet:
         show.fused(made, undone=options.undo)
+    return 0
+
+
+def run_compact(options: argparse.Namespace) -> int:
+    """Make everything but the weights of a file smaller."""
+    shapes = _shapes(options.input_shapes)
+    made = compact_file(options.model, options.output, verify=not options.no_verify, input_shapes=shapes)
+    if options.json:
+        _print_json(made.to_json())
+    elif not options.quiet:
+        show.parts(made.parts, made.parts_before)
+        show.sizes(made.bytes_before, made.bytes, made.path)
     return 0
 
 

@@ -16,9 +16,10 @@ from onnx import ModelProto
 
 from vqonnx import modelfile
 from vqonnx.allocate import Plan, Progress, layer_of, share_out
-from vqonnx.bias import Bias, prepare
+from vqonnx.bias import Bias, halve_biases, prepare
 from vqonnx.bias import store as store_biases
 from vqonnx.calibrate import Walk
+from vqonnx.compact import compact as make_compact
 from vqonnx.dual import DualWalk
 from vqonnx.errors import ModelError, OptionError
 from vqonnx.feeds import read_feeds
@@ -70,6 +71,8 @@ def compress(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     allow_unchanged: bool = False,
     fuse: bool | None = None,
+    compact: bool = False,
+    half_biases: bool = False,
     tune: Tune | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -91,6 +94,8 @@ def compress(
         allow_unchanged: Give the model back as it is where no layer can be compressed, instead of an error.
         fuse: Write one op for the codes of a weight, its layer, and what follows it, where there is such an op; if it
             is None, `vqonnx.fusion.BY_DEFAULT` says, for the targets ``hybrid`` and ``custom``.
+        compact: Make all that is not weights as small as it gets (`vqonnx.compact`): names, attributes, constants.
+        half_biases: Round biases to float16, which a compact file stores in half the bytes.
         tune: Called with each layer's site, view and new form; gives the form of the same size that takes its place, in
             the model and in what the layers behind it see (`vqonnx.training.tuner`).
         progress: Called with (layers done, layers in all, name of the next).
@@ -99,13 +104,17 @@ def compress(
         ModelError: The model cannot be read, does not run, or has nothing to compress.
         DataError: The calibration data do not fit it.
         OptionError: A seed, a batch or a pattern cannot be used, a method needs calibration data and there are none, or
-            layers shall be fused in a portable file.
+            layers shall be fused in a portable or a compact file, or biases be halved in one that is not compact.
     """
     if not 0 <= seed < _SEEDS:
         raise OptionError(f"seed is {seed}; choose 0 to {_SEEDS - 1}")
     if batch < 1:
         raise OptionError(f"batch is {batch}; choose 1 or more")
-    fusing = is_fused(fuse, target)
+    if compact and fuse:
+        raise OptionError("a compact file has no fused layers; give --compact or --fuse, not both")
+    fusing = not compact and is_fused(fuse, target)
+    if half_biases and not compact:
+        raise OptionError("half_biases saves nothing unless the file is compact; give --compact as well")
     path = Path(model)
     proto = modelfile.load(path)
     _refuse_compressed(proto, path)
@@ -128,10 +137,14 @@ def compress(
         raise ModelError(f"{path}: no layer can be compressed ({why}); --allow-unchanged copies it as it is")
     before = modelfile.file_bytes(path)
     if placements:
+        if half_biases:
+            halve_biases(proto, path.parent)
         factors = place(proto, placements, target)
         fused = fuse_layers(proto, path.parent) if fusing else {}
         layers = [_as_run(layer, names, fused) for layer, names in zip(layers, factors, strict=True)]
         write_record(proto, before, tuple(layers), tuple(skipped))
+        if compact:
+            make_compact(proto, path.parent)
     check = generate_feeds(path, shapes=input_shapes, seed=seed) if feeds is None else feeds.first()
     return Result(proto, tuple(layers), tuple(skipped), target, path, before, check)
 

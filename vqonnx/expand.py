@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from vqonnx import modelfile
+from vqonnx.compact import restore
 from vqonnx.errors import InputError, ModelError
 from vqonnx.graph import Scope
 from vqonnx.modelfile import make_tensor, remove_entries, set_nodes
@@ -19,6 +20,7 @@ from vqonnx.place import main_opset
 from vqonnx.record import erase_record, read_record
 from vqonnx.runtime import open_session, run
 from vqonnx.stored import StoredWeight, elem_type, find_stored
+from vqonnx.tidy import constant_tensor
 from vqonnx.unfusion import split_layers
 
 
@@ -32,6 +34,7 @@ def expand(compressed: str | Path, plain: str | Path) -> int:
     compressed, plain = Path(compressed), Path(plain)
     modelfile.check_output(plain, compressed)
     model = modelfile.load(compressed)
+    restore(model)
     split_layers(model, compressed.parent)
     weights = find_stored(model, compressed.parent, read_record(model))
     if not weights:
@@ -80,10 +83,8 @@ def _constants(weight: StoredWeight) -> list[TensorProto]:
     for name in weight.constants:
         home = weight.scope.home(name)
         assert home is not None
-        if name in home.initializers:
-            tensor = home.initializers[name]
-        else:
-            tensor = next(a.t for a in home.producers[name].attribute if a.name == "value")
+        tensor = home.initializers[name] if name in home.initializers else constant_tensor(home.producers[name])
+        assert tensor is not None
         copy = TensorProto()
         copy.CopyFrom(modelfile.inlined(tensor, weight.folder))
         copy.name = name

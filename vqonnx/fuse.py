@@ -11,6 +11,7 @@ import numpy as np
 from onnx import ModelProto
 
 from vqonnx import modelfile
+from vqonnx.compact import restore
 from vqonnx.errors import DataError, ModelError, VerifyError
 from vqonnx.fusion import fuse_layers
 from vqonnx.generate import generate_feeds
@@ -66,6 +67,7 @@ def fuse(
     path, output = Path(compressed), Path(output)
     modelfile.check_output(output, path)
     model = modelfile.load(path)
+    restore(model)
     layers = split_layers(model, path.parent) if undo else fuse_layers(model, path.parent)
     if not layers:
         raise ModelError(f"{path}: {_why(model, undo)}")

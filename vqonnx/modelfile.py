@@ -181,13 +181,14 @@ def file_bytes(path: str | Path) -> int:
 
 
 def _tensors(model: ModelProto) -> Iterator[TensorProto]:
-    yield from _graph_tensors(model.graph)
+    yield from graph_tensors(model.graph)
     for function in model.functions:
         for node in function.node:
             yield from _node_tensors(node)
 
 
-def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
+def graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    """Every tensor in a graph, those in its nodes' attributes and subgraphs included."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
@@ -201,9 +202,9 @@ def _node_tensors(node: NodeProto) -> Iterator[TensorProto]:
             yield attribute.t
         yield from attribute.tensors
         if attribute.HasField("g"):
-            yield from _graph_tensors(attribute.g)
+            yield from graph_tensors(attribute.g)
         for graph in attribute.graphs:
-            yield from _graph_tensors(graph)
+            yield from graph_tensors(graph)
 
 
 def _location(tensor: TensorProto) -> str:

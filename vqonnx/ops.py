@@ -22,7 +22,7 @@ VERSION = 1
 FUNCTION_IR_VERSION = 8
 OLDEST_OPSET = 7
 
-_END = 2**31 - 1  # beyond any axis
+_END = 100  # beyond the number of axes of any weight
 
 
 @dataclass(frozen=True)
@@ -155,15 +155,17 @@ Decode <perm> (codes, codebooks, scales, layout) => (weight) {{
 def _steps(opset: int, features: Features) -> list[str]:
     """The body, one step a line. Sizes are int64 tensors of shape [1]; codes are int32."""
     lines = [
-        *_int64("zero", [0], opset),
         *_int64("one", [1], opset),
+        "two = Add (one, one)",  # shorter than a constant
+        "three = Add (two, one)",
         "cols = Gather (layout, one)",
         *_slice("split", "layout", 2, _END, opset),
         "sizes = Shape (codebooks)",
-        *_int64("three", [3], opset),
         "width = Gather (sizes, three)",
         "wide = Cast <to = 6> (codes)",
     ]
+    if features.packed or features.several or features.tail:
+        lines.append("zero = Sub (one, one)")
     if features.packed or features.several:
         lines += ["reach = Add (cols, width)", "last = Sub (reach, one)", "groups = Div (last, width)"]
         lines += range_lines("group", "groups", opset)
@@ -174,8 +176,7 @@ def _steps(opset: int, features: Features) -> list[str]:
             "bits = Gather (layout, zero)",
             "start = Mul (group, bits)",
             "byte = Div (start, eight)",
-            "whole = Mul (byte, eight)",
-            "shift = Sub (start, whole)",
+            *_modulo("shift", "start", "eight", opset),
             "next = Add (start, bits)",
             "end = Sub (next, one)",
             "final = Div (end, eight)",  # the byte with the code's last bit; the same byte where it ends there
@@ -186,10 +187,9 @@ def _steps(opset: int, features: Features) -> list[str]:
         ]
         if features.wide:  # a code may reach over three bytes; the middle one is one of the others where it does not
             lines += [
-                *_int64("halves", [2], opset),
                 "ends = Add (byte, final)",
                 "ends_up = Add (ends, one)",
-                "middle = Div (ends_up, halves)",
+                "middle = Div (ends_up, two)",
                 "between = Gather <axis = 2> (wide, middle)",
                 "top = Mul (above, byte_size)",
                 "upper = Add (top, between)",
@@ -202,20 +202,15 @@ def _steps(opset: int, features: Features) -> list[str]:
             "divisor = Gather (powers32, shift)",
             "moved = Div (window, divisor)",
             "modulus = Gather (powers32, bits)",
-            "rest = Div (moved, modulus)",
-            "surplus = Mul (rest, modulus)",
-            "code = Sub (moved, surplus)",
+            *_modulo("code", "moved", "modulus", opset),
         ]
     else:
         lines.append("code = Identity (wide)")
     if features.several:
         lines += [
-            *_int64("two", [2], opset),
             "books = Gather (sizes, one)",
             "words = Gather (sizes, two)",
-            "round = Div (group, books)",
-            "rounds = Mul (round, books)",
-            "book = Sub (group, rounds)",
+            *_modulo("book", "group", "books", opset),
             "stages = Gather (sizes, zero)",
             *range_lines("stage", "stages", opset),
             *_int64("column", [-1, 1, 1], opset),
@@ -228,13 +223,17 @@ def _steps(opset: int, features: Features) -> list[str]:
         ]
     else:
         lines.append("index = Identity (code)")
-    lines += [
-        *_int64("rest_of", [-1], opset),
-        "flat = Concat <axis = 0> (rest_of, width)",
-        "stored = Reshape (codebooks, flat)",
-        "table = Cast <to = 1> (stored)",
-        "blocks = Gather <axis = 0> (table, index)",
-    ]
+    if features.several or features.scaled or features.tail:
+        lines += _int64("rest_of", [-1], opset)
+    lines.append("table = Cast <to = 1> (codebooks)")
+    if features.several:
+        lines += [
+            "flat = Concat <axis = 0> (rest_of, width)",
+            "list = Reshape (table, flat)",
+            "blocks = Gather <axis = 0> (list, index)",
+        ]
+    else:  # one stage and one book: axes of one entry, which the next Reshape takes away
+        lines.append("blocks = Gather <axis = 2> (table, index)")
     if not features.several:
         lines.append("total = Identity (blocks)")
     elif opset >= 13:
@@ -282,6 +281,17 @@ def _int64(name: str, values: list[int], opset: int) -> list[str]:
     ]
 
 
+def _modulo(name: str, value: str, divisor: str, opset: int) -> list[str]:
+    """The rest of a division of numbers that are not negative."""
+    if opset >= 10:
+        return [f"{name} = Mod ({value}, {divisor})"]
+    return [
+        f"{name}_whole = Div ({value}, {divisor})",
+        f"{name}_product = Mul ({name}_whole, {divisor})",
+        f"{name} = Sub ({value}, {name}_product)",
+    ]
+
+
 def _slice(name: str, source: str, start: int, end: int, opset: int) -> list[str]:
     """A vector from ``start`` to before ``end``."""
     if opset < 10:
@@ -308,11 +318,18 @@ def range_lines(name: str, count: str, opset: int) -> list[str]:
     # a size of zero cannot be reshaped to.
     page = f"{name}_page"
     lines = [
-        *_int64(f"{page}_size", [256], opset),
+        *_int64(f"{page}_digits", list(range(16)), opset),  # 0..255 are 16 of them for each of 16
+        *_int64(f"{page}_sixteen", [16], opset),
+        *_int64(f"{page}_column", [-1, 1], opset),
+        *_int64(f"{page}_flat", [-1], opset),
+        f"{page}_size = Mul ({page}_sixteen, {page}_sixteen)",
+        f"{page}_upright = Reshape ({page}_digits, {page}_column)",
+        f"{page}_tens = Mul ({page}_upright, {page}_sixteen)",
+        f"{page}_grid = Add ({page}_tens, {page}_digits)",
+        f"{page}_numbers = Reshape ({page}_grid, {page}_flat)",
         f"{page}s = Div ({count}, {page}_size)",
         f"{page}d = Mul ({page}s, {page}_size)",
         f"{page}_rest = Sub ({count}, {page}d)",
-        *_int64(f"{page}_numbers", list(range(256)), opset),
     ]
     for part, length in (("upper", f"{page}s"), ("lower", f"{page}_rest")):
         part = f"{name}_{part}"
@@ -322,17 +339,15 @@ def range_lines(name: str, count: str, opset: int) -> list[str]:
             f"{part}_shape = Concat <axis = 0> ({page}_size, {part}_more)",
             f"{part}_grid = Reshape ({part}_many, {part}_shape)",
             f"{part}_row = Gather <axis = 0> ({part}_grid, zero)",
-            *_int64(f"{part}_flat", [-1], opset),
-            f"{part}_line = Reshape ({part}_row, {part}_flat)",
+            f"{part}_line = Reshape ({part}_row, {page}_flat)",
             *_slice(part, f"{part}_line", 0, -1, opset),
         ]
     return [
         *lines,
-        *_int64(f"{page}_column", [-1, 1], opset),
         f"{page}_upper = Reshape ({name}_upper, {page}_column)",
         f"{page}_first = Mul ({page}_upper, {page}_size)",
         f"{page}_all = Add ({page}_first, {page}_numbers)",
-        f"{page}_line = Reshape ({page}_all, {name}_upper_flat)",
+        f"{page}_line = Reshape ({page}_all, {page}_flat)",
         f"{page}_offset = Add ({name}_lower, {page}d)",
         f"{name} = Concat <axis = 0> ({page}_line, {page}_offset)",
     ]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vqonnx import modelfile
+from vqonnx.breakdown import breakdown
+from vqonnx.compact import restore
 from vqonnx.errors import ModelError
 from vqonnx.graph import Skipped
 from vqonnx.record import LayerRecord, read_record
@@ -24,6 +26,7 @@ class Report:
         bytes_after: Bytes on disk of the compressed model.
         layers: Each compressed layer.
         skipped: Layers that were left alone, and why.
+        parts: Bytes of each kind of content (`vqonnx.breakdown`).
         distilled: How the codebooks were distilled after compression; None if they were not.
     """
 
@@ -31,6 +34,7 @@ class Report:
     bytes_after: int
     layers: tuple[LayerRecord, ...]
     skipped: tuple[Skipped, ...]
+    parts: dict[str, int]
     distilled: dict[str, Any] | None = None
 
     @property
@@ -40,6 +44,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The keys that other tools may rely on."""
         content = sizes_json(self.bytes_before, self.bytes_after, self.layers, self.skipped)
+        content["parts"] = self.parts
         return content if self.distilled is None else {**content, "distilled": self.distilled}
 
 
@@ -63,6 +68,8 @@ def report(path: str | Path) -> Report:
     """
     path = Path(path)
     model = modelfile.load(path)
+    parts = breakdown(model)
+    restore(model)
     record = read_record(model)
     fused = split_layers(model, path.parent)
     weights = find_stored(model, path.parent, record)
@@ -96,5 +103,6 @@ def report(path: str | Path) -> Report:
         modelfile.file_bytes(path),
         tuple(layers),
         () if record is None else record.skipped,
+        parts,
         None if record is None else record.distilled,
     )

@@ -74,6 +74,12 @@ def skipped(entries: Sequence[Skipped]) -> None:
         line(f"  {entry.name}: {entry.reason}")
 
 
+def parts(after: dict[str, int], before: dict[str, int] | None = None) -> None:
+    """Bytes of each kind of content, in one line."""
+    texts = [f"{name} {f'{before[name]:,} -> ' if before else ''}{count:,}" for name, count in after.items()]
+    line(f"\nbytes: {', '.join(texts)}")
+
+
 def sizes(before: int | None, after: int, path: Path) -> None:
     """What was saved."""
     if before is None:

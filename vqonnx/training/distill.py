@@ -18,6 +18,7 @@ from onnx import ModelProto
 from torch import Tensor
 
 from vqonnx import modelfile
+from vqonnx.compact import compact, restore
 from vqonnx.errors import ModelError
 from vqonnx.fusion import fuse_layers
 from vqonnx.moments import snr_db
@@ -106,6 +107,7 @@ def distill(
     recipe = recipe or Recipe()
     check_device(device)
     proto = modelfile.load(path)
+    was_compact = restore(proto)
     fused = bool(split_layers(proto, path.parent))
     coded = CodedModel(proto, path).to(device)
     teacher = Teacher(teacher_path, data, device=device)
@@ -148,6 +150,8 @@ def distill(
     result = _result(proto, student, coded, teacher_path, path, recipe, teacher)
     if fused:
         fuse_layers(result.model, path.parent)
+    if was_compact:
+        compact(result.model, path.parent)
     return Distilled(result, path, recipe, tuple(histories), before, after)
 
 
