@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--check-atol", type=float, metavar="A", help="the same, absolute")
     add("--no-verify", action="store_true", help="do not load and run the written model")
     add("--allow-unchanged", action="store_true", help="copy a model in which nothing can be compressed")
+    add("--permute", action="store_true", help="put channels into an order that is easier to code, where outputs stay")
     add("--json", action="store_true", help="print JSON")
 
     add = _command(

@@ -48,6 +48,7 @@ def run_compress(options: argparse.Namespace) -> int:
             batch=options.batch,
             input_shapes=_shapes(options.input_shapes),
             allow_unchanged=options.allow_unchanged,
+            permute=options.permute,
             progress=progress,
         )
     saved = result.save(options.output, verify=not options.no_verify, rtol=options.check_rtol, atol=options.check_atol)

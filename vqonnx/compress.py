@@ -30,6 +30,8 @@ from vqonnx.methods import BGD, PQ
 from vqonnx.moments import Moments, snr_db
 from vqonnx.ops import DOMAIN
 from vqonnx.pair import multiplications
+from vqonnx.permute import permute as permute_channels
+from vqonnx.permute import prove
 from vqonnx.place import OVERHEAD, Placement, Target, place
 from vqonnx.record import KEY, LayerRecord, write_record
 from vqonnx.result import Result
@@ -67,6 +69,7 @@ def compress(
     batch: int = 16,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     allow_unchanged: bool = False,
+    permute: bool = False,
     tune: Tune | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -86,6 +89,8 @@ def compress(
         batch: Images that are run at once where the model leaves the number open.
         input_shapes: Shapes for generated inputs, where no calibration data are given.
         allow_unchanged: Give the model back as it is where no layer can be compressed, instead of an error.
+        permute: Put channels into an order in which layers are coded with less error, where that does not change the
+            outputs; reads the calibration data twice.
         tune: Called with each layer's site, view and new form; gives the form of the same size that takes its place, in
             the model and in what the layers behind it see (`vqonnx.training.tuner`).
         progress: Called with (layers done, layers in all, name of the next).
@@ -99,6 +104,8 @@ def compress(
         raise OptionError(f"seed is {seed}; choose 0 to {_SEEDS - 1}")
     if batch < 1:
         raise OptionError(f"batch is {batch}; choose 1 or more")
+    if permute and tune is not None:
+        raise OptionError("permute and tune exclude each other: a tuner knows the layers in their old order")
     path = Path(model)
     proto = modelfile.load(path)
     _refuse_compressed(proto, path)
@@ -113,6 +120,11 @@ def compress(
         names = sorted({chosen.id for _, chosen in plan if chosen.needs is Needs.MOMENTS})
         raise OptionError(f"method '{names[0]}' needs calibration data; give --calibration, or choose method pq")
     feeds = None if calibration is None else _Remembering(read_feeds(calibration, inputs, batch=batch))
+    permuted = 0
+    if permute:
+        permuted = len(permute_channels(proto, path.parent, plan, feeds, seed=seed, progress=progress))
+        shown = generate_feeds(path, shapes=input_shapes, seed=seed) if feeds is None else feeds.first()
+        prove(path, proto, shown)
     if feeds is not None:
         plan = share_out(proto, path.parent, plan, feeds, seed, progress)
     placements, layers = _encode_all(proto, path, plan, skipped, feeds, seed, tune, progress)
@@ -123,7 +135,9 @@ def compress(
     if placements:
         factors = place(proto, placements, target)
         layers = [replace(layer, factors=names) for layer, names in zip(layers, factors, strict=True)]
-        write_record(proto, before, tuple(layers), tuple(skipped))
+        write_record(proto, before, tuple(layers), tuple(skipped), permuted=permuted)
+    elif permuted:
+        proto = modelfile.load(path)  # as it was
     check = generate_feeds(path, shapes=input_shapes, seed=seed) if feeds is None else feeds.first()
     return Result(proto, tuple(layers), tuple(skipped), target, path, before, check)
 

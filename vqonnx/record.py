@@ -99,6 +99,7 @@ class Record:
         layers: Compressed layers, in order.
         skipped: Layers that were left alone.
         distilled: How the codebooks were distilled afterwards; None if they were not.
+        permuted: Groups of channels whose order is not the original's.
     """
 
     bytes_before: int
@@ -106,6 +107,7 @@ class Record:
     layers: tuple[Row, ...]
     skipped: tuple[Skipped, ...]
     distilled: dict[str, Any] | None = None
+    permuted: int = 0
 
 
 def write_record(
@@ -115,6 +117,7 @@ def write_record(
     skipped: tuple[Skipped, ...],
     *,
     distilled: dict[str, Any] | None = None,
+    permuted: int = 0,
 ) -> None:
     """Keep the record in the model's metadata, in few bytes."""
     methods: list[dict[str, Any]] = []
@@ -134,6 +137,8 @@ def write_record(
     }
     if distilled is not None:
         content["distilled"] = distilled
+    if permuted:
+        content["permuted"] = permuted
     erase_record(model)
     model.metadata_props.add(key=KEY, value=json.dumps(content, separators=(",", ":"), ensure_ascii=False))
 
@@ -154,6 +159,7 @@ def read_record(model: ModelProto) -> Record | None:
                 tuple(_row(entry, len(methods)) for entry in content["layers"]),
                 tuple(Skipped(*entry) for entry in content["skipped"]),
                 content.get("distilled"),
+                int(content.get("permuted", 0)),
             )
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             return None

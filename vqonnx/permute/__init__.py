@@ -6,6 +6,7 @@ The outputs stay what they are, and weights may become easier to code (METHODS 5
 from vqonnx.permute.apply import apply
 from vqonnx.permute.groups import Group, Groups, Part, Pinned, find_groups
 from vqonnx.permute.search import Blocks, Permuted, best_permutations, permutations, readers_of
+from vqonnx.permute.use import permute, prove
 
 __all__ = [
     "Blocks",
@@ -18,5 +19,7 @@ __all__ = [
     "best_permutations",
     "find_groups",
     "permutations",
+    "permute",
+    "prove",
     "readers_of",
 ]

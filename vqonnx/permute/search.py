@@ -21,7 +21,7 @@ from vqonnx.permute.swaps import Consumer, Search, search
 from vqonnx.view import Order
 
 _LEAST_SWAPS = 10_000
-_SWAPS_PER_CHANNEL = 64  # a small part of all pairs; more of them gain little
+_SWAPS_PER_CHANNEL = 256
 _MEASURED_VECTORS = 2**15  # of a layer; more say no more of the difference between two orders
 _FEW_VECTORS = 2**12  # then one clustering says little, and three are taken
 _LEAST_GAIN_DB = 0.02

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Order = NDArray[np.int64]
 
+_TOGETHER = 128  # swaps that are tried at once
 _RIDGE = 1e-6  # times the mean of the diagonal: dead channels have no variance
 
 
@@ -72,24 +73,32 @@ class _State:
         self.value = self._log(self._sums)
         self._tried: tuple[Array, float, NDArray[np.int64], NDArray[np.int64]] | None = None
 
+    def try_swaps(self, pairs: NDArray[np.int64]) -> Array:
+        """``[n]``: the value with each of the pairs ``[n, 2]`` of channels in each other's place."""
+        width, entries = self._consumer.width, self._consumer.entries
+        if entries.shape[1] > 1:
+            return np.array([self.try_swap(one, other) for one, other in pairs.tolist()])
+        places = entries[pairs, 0]  # [n, 2]
+        blocks, number = places // width, np.arange(len(pairs))
+        before = self._at.reshape(-1, width)[blocks]  # [n, 2, width]
+        after = before.copy()
+        together = blocks[:, 0] == blocks[:, 1]
+        for one, other in ((0, 1), (1, 0)):
+            after[number, one, places[:, one] % width] = self._at[places[:, other]]
+        after[together, 0, places[together, 1] % width] = self._at[places[together, 0]]
+        change = self._gathered(after) - self._gathered(before)  # [grams, n, 2, width, width]
+        change[:, together, 1] = 0
+        logs = np.linalg.slogdet(self._sums[:, None] + change.sum(axis=2) + self._ridge)[1]
+        return np.asarray(self._consumer.weight * logs.sum(axis=0))
+
     def try_swap(self, one: int, other: int) -> float:
-        """The value with two channels in each other's place."""
+        """The same for one pair, which may be accepted."""
         width = self._consumer.width
         first, second = self._consumer.entries[one], self._consumer.entries[other]
-        blocks = (
-            np.unique(np.concatenate([first, second]) // width)
-            if len(first) > 1
-            else np.array(
-                [first[0] // width]
-                if first[0] // width == second[0] // width
-                else [first[0] // width, second[0] // width]
-            )
-        )
         places = np.concatenate([first, second])
-        values = np.concatenate([self._at[second], self._at[first]])
-        shape = blocks[:, None] * width + np.arange(width)
+        kept, values = self._at[places], np.concatenate([self._at[second], self._at[first]])
+        shape = np.unique(places // width)[:, None] * width + np.arange(width)
         before = self._at[shape]
-        kept = self._at[places]
         self._at[places] = values
         after = self._at[shape]
         self._at[places] = kept
@@ -104,10 +113,13 @@ class _State:
         self._sums, self.value, places, values = self._tried
         self._at[places] = values
 
+    def _gathered(self, at: NDArray[np.int64]) -> Array:
+        part: Array = self._grams[:, at[..., :, None], at[..., None, :]]
+        return part
+
     def _parts(self, at: NDArray[np.int64]) -> Array:
         """``[grams, width, width]``: sum over the blocks of their part of each matrix."""
-        part: Array = self._grams[:, at[:, :, None], at[:, None, :]].sum(axis=1)
-        return part
+        return np.asarray(self._gathered(at).sum(axis=1))
 
     def _log(self, sums: Array) -> float:
         return self._consumer.weight * float(np.linalg.slogdet(sums + self._ridge)[1].sum())
@@ -129,16 +141,21 @@ def search(consumers: Sequence[Consumer], size: int, *, swaps: int = 10_000, see
     states = [_State(consumer, order) for consumer in consumers]
     rng = np.random.default_rng(seed)
     pairs = rng.integers(0, size, (swaps, 2))
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
     now = sum(state.value for state in states)
-    for one, other in pairs.tolist():
-        if one == other:
-            continue
-        value = sum(state.try_swap(one, other) for state in states)
-        if value < now - 1e-12 * abs(now):
-            for state in states:
-                state.accept()
-            order[one], order[other] = order[other], order[one]
-            now = value
+    for start in range(0, len(pairs), _TOGETHER):
+        batch = pairs[start : start + _TOGETHER]
+        values = np.sum([state.try_swaps(batch) for state in states], axis=0)
+        for number in np.argsort(values, kind="stable"):
+            if values[number] >= now:
+                break
+            one, other = batch[number]
+            value = sum(state.try_swap(one, other) for state in states)  # others may have come between
+            if value < now - 1e-12 * abs(now):
+                for state in states:
+                    state.accept()
+                order[one], order[other] = order[other], order[one]
+                now = value
     return Search(order, before, _value(consumers, order))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from vqonnx import modelfile
 from vqonnx.errors import ModelError, OptionError
 from vqonnx.moments import snr_db
-from vqonnx.record import write_record
+from vqonnx.record import read_record, write_record
 from vqonnx.report import report
 from vqonnx.result import Result, Saved
 from vqonnx.training.coded import CodedModel
@@ -104,6 +104,7 @@ def distill(
     recipe = recipe or Recipe()
     _check_device(device)
     proto = modelfile.load(path)
+    _refuse_permuted(proto, path, teacher_path)
     coded = CodedModel(proto, path).to(device)
     teacher = Teacher(teacher_path, data, device=device)
     recipe = recipe.scaled(teacher.count)
@@ -158,6 +159,15 @@ def _originals(original: Path, coded: CodedModel, compressed: Path, device: str)
                 f"{original}: '{weight.name}' is {shape}, in {compressed.name} {stored}, which was not made from it"
             )
     return {weight.name: values[weight.name].to(device) for weight in coded.weights}
+
+
+def _refuse_permuted(proto: ModelProto, path: Path, original: Path) -> None:
+    record = read_record(proto)
+    if record is not None and record.permuted:
+        raise ModelError(
+            f"{path}: {record.permuted} groups of channels lie in another order than in {original.name}, so the "
+            "weights of that cannot teach; compress without --permute"
+        )
 
 
 def _check_device(device: str) -> None:
