@@ -27,6 +27,12 @@ class Builder:
         self.tensors.append(numpy_helper.from_array(whole(self.rng, *shape), name))
         return name
 
+    def numbers(self, *values: int) -> str:
+        """A constant of sizes or axes."""
+        name = f"n{len(self.tensors)}"
+        self.tensors.append(numpy_helper.from_array(np.array(values, np.int64), name))
+        return name
+
     def node(self, op_type: str, *inputs: str, outputs: int = 1, **attributes: object) -> str:
         names = [f"t{len(self.nodes)}_{number}" for number in range(outputs)]
         self.nodes.append(helper.make_node(op_type, inputs, names, name=f"n{len(self.nodes)}", **attributes))
@@ -49,13 +55,17 @@ class Builder:
         return model
 
 
-STEPS = ("conv", "kernel", "depthwise", "relu", "prelu", "norm", "add", "concat", "scale", "pool", "split", "pad", "up")
+STEPS = (
+    *("conv", "kernel", "depthwise", "grouped", "shared", "up", "relu", "prelu", "norm", "add", "concat", "scale"),
+    *("pool", "split", "slice", "pad", "last", "squeeze", "reduce", "shuffle", "project"),
+)
 
 
 def random_net(seed: int, steps: list[str]) -> ModelProto:
     """Branches of activations ``[N, C, 4, 4]``, each step working on one or two of them; a classifier at the end."""
     b = Builder(seed)
     live = [(b.conv("x", 3, 6), 6), (b.conv("x", 3, 6, 3), 6)]
+    shared = b.weight(6, 6, 1, 1), b.weight(6)
     for step in steps:
         x, c = live[b.rng.integers(len(live))]
         same = [name for name, count in live if count == c]
@@ -65,6 +75,29 @@ def random_net(seed: int, steps: list[str]) -> ModelProto:
         elif step == "depthwise":
             times = int(b.rng.integers(1, 3))
             live.append((b.conv(x, c, c * times, 3, group=c), c * times))
+        elif step == "grouped" and c % 2 == 0:
+            live.append((b.conv(x, c, 4, group=2), 4))
+        elif step == "shared" and c == 6:
+            live.append((b.node("Conv", x, *shared), 6))
+        elif step == "slice" and c > 2:
+            first = int(b.rng.integers(0, c - 1))
+            live.append((b.node("Slice", x, b.numbers(first), b.numbers(c), b.numbers(1)), c - first))
+        elif step == "last":  # channels last, and back
+            last = b.node("Add", b.node("Transpose", x, perm=[0, 2, 3, 1]), b.weight(c))
+            live.append((b.node("Transpose", last, perm=[0, 3, 1, 2]), c))
+        elif step == "project":  # channels last through a matrix
+            last = b.node("MatMul", b.node("Transpose", x, perm=[0, 2, 3, 1]), b.weight(c, 5))
+            live.append((b.node("Transpose", last, perm=[0, 3, 1, 2]), 5))
+        elif step == "squeeze":  # squeeze and excite, with a sum
+            flat = b.node("Squeeze", b.node("GlobalMaxPool", x), b.numbers(2, 3))
+            back = b.node("Unsqueeze", b.node("Gemm", flat, b.weight(c, c), b.weight(c)), b.numbers(2, 3))
+            live.append((b.node("Add", x, back), c))
+        elif step == "reduce":
+            flat = b.node("ReduceMax", x, axes=[2, 3], keepdims=0)
+            live.append((b.node("Add", b.node("Reshape", flat, b.numbers(0, c, 1, 1)), x), c))
+        elif step == "shuffle" and c % 2 == 0:
+            cut = b.node("Transpose", b.node("Reshape", x, b.numbers(0, 2, c // 2, 4, 4)), perm=[0, 2, 1, 3, 4])
+            live.append((b.node("Reshape", cut, b.numbers(0, c, 4, 4)), c))
         elif step == "relu":
             live.append((b.node(str(b.rng.choice(["Relu", "Identity", "Neg", "Abs"])), x), c))
         elif step == "prelu":
@@ -84,12 +117,10 @@ def random_net(seed: int, steps: list[str]) -> ModelProto:
             live.append((b.node("MaxPool", x, kernel_shape=[3, 3], pads=[1] * 4), c))
         elif step == "split" and c > 2:
             first = int(b.rng.integers(1, c))
-            b.tensors.append(numpy_helper.from_array(np.array([first, c - first]), f"sizes{len(b.tensors)}"))
-            name = b.node("Split", x, b.tensors[-1].name, outputs=2, axis=1)
+            name = b.node("Split", x, b.numbers(first, c - first), outputs=2, axis=1)
             live += [(name, first), (name[:-1] + "1", c - first)]
         elif step == "pad":
-            b.tensors.append(numpy_helper.from_array(np.array([0, 2, 0, 0, 0, 1, 0, 0]), f"pads{len(b.tensors)}"))
-            live.append((b.node("Pad", x, b.tensors[-1].name), c + 3))
+            live.append((b.node("Pad", x, b.numbers(0, 2, 0, 0, 0, 1, 0, 0)), c + 3))
         elif step == "up":
             live.append((b.node("ConvTranspose", x, b.weight(c, 4, 1, 1), b.weight(4)), 4))
     x, c = live[-1]

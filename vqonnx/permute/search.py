@@ -22,8 +22,8 @@ from vqonnx.view import Order
 
 _LEAST_SWAPS = 10_000
 _SWAPS_PER_CHANNEL = 256
-_MEASURED_VECTORS = 2**15  # of a layer; more say no more of the difference between two orders
-_FEW_VECTORS = 2**12  # then one clustering says little, and three are taken
+_MEASURED_VECTORS = 2**14  # of a layer; more say no more of the difference between two orders
+_FEW_VECTORS = 2**11  # then one clustering says little, and two are taken
 _LEAST_GAIN_DB = 0.02
 
 Array = NDArray[np.float64]
@@ -184,7 +184,7 @@ class _Reading:
             columns = (np.arange(self.taps)[:, None] * self.inputs + index).ravel()
             matrix, moments = matrix[:, columns], _reordered(moments, columns)
         vectors = matrix.size // self.block.width
-        runs = 3 if vectors < _FEW_VECTORS else 1
+        runs = 2 if vectors < _FEW_VECTORS else 1
         errors = []
         for run in range(runs):
             layer = Layer(self.name, self.op_type, matrix, self.kernel, seed=self.seed + run, moments=moments)
@@ -224,7 +224,7 @@ def _best(readings: list[tuple[_Reading, NDArray[np.int64]]], group: Group, seed
     total = sum(reading.weights for reading, _ in readings)
     best: Permuted | None = None
     most = _LEAST_GAIN_DB
-    for kind in ("weights", "scaled", "metric"):
+    for kind in ("weights", "metric"):
         consumers = []
         for reading, entries in readings:
             grams = _grams(reading, kind)
@@ -253,10 +253,7 @@ def _gain(before: Array, after: Array) -> float:
 
 
 def _grams(reading: _Reading, kind: str) -> tuple[Array, ...]:
-    """What the search looks at: the covariance of the weights; in units of each input; beside that of the inputs."""
+    """What the search looks at: the covariance of the weights, and beside it that of the inputs."""
     if kind == "weights" or reading.metric is None:
         return (reading.gram,)
-    if kind == "metric":
-        return reading.gram, reading.metric
-    size = np.sqrt(np.diagonal(reading.metric))
-    return (reading.gram * np.outer(size, size),)
+    return reading.gram, reading.metric
