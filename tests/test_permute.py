@@ -251,13 +251,33 @@ def test_shared_weights_tie_their_axes() -> None:
         ("b = DepthToSpace <blocksize = 1> (a)  y = Relu (b)", {}, "DepthToSpace"),
         ("y = Pad <mode = \"reflect\"> (a, pads)", {}, "repeats or drops"),
         ("b = Split <axis = 1> (a)  y = Relu (b)", {}, "output"),
+        ("n = Shape (x)  k = Slice (n, zero, one)  b = Split <axis = 1> (a, k)  y = Relu (b)", {}, "not constant"),
+        ("n = Shape (x)  b = Slice (a, zero, n)  y = Relu (b)", {}, "bounds that are not"),
+        ("y = Slice (a, zero, six, one, two)", {}, "skips channels"),
+        ("n = Shape (x)  k = Concat <axis = 0> (n, n)  y = Pad (a, k)", {}, "pads that are not"),
+        ("y = Resize (a, , factors)", {}, "resize the axis"),
+        ("y = Concat <axis = 2> (a, x1)", {}, "channels that are not known"),
+        ("y = BatchNormalization <training_mode = 1> (a, v, v, v, v)", {"v": (6,)}, "output"),
+        ("b = Flatten (a)  c = Reshape (b, u)  y = Add (a, c)", {}, "output"),
     ],
 )  # fmt: skip
 def test_what_is_pinned_says_why(nodes: str, shapes: dict[str, tuple[int, ...]], reason: str) -> None:
     model = text(f"a = Conv (x, w1)  {nodes}", 13, w1=(6, 3, 1, 1), **shapes)
-    for name, values in {"s": [-1, 6, 1, 1], "t": [0, 2, 3, 4, 4], "u": [0, 6, 4, 4], "pads": [0, 1, 0, 0] * 2}.items():
+    for name, values in {
+        "s": [-1, 6, 1, 1],
+        "t": [0, 2, 3, 4, 4],
+        "u": [0, 6, 4, 4],
+        "pads": [0, 1, 0, 0] * 2,
+        "zero": [0],
+        "one": [1],
+        "two": [2],
+        "six": [6],
+    }.items():
         if any(name in node.input for node in model.graph.node):
             model.graph.initializer.append(numpy_helper.from_array(np.array(values), name))
+    if "factors" in nodes:
+        factors = np.array([1, 2, 1, 1], np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(factors, "factors"))
     if "x1" in nodes:
         model.graph.input.append(helper.make_tensor_value_info("x1", TensorProto.FLOAT, ["N", 6, 4, 4]))
     found = find_groups(model, HERE)

@@ -20,6 +20,8 @@ def on_split(read: Reader, node: NodeProto) -> None:
             read.give(name, found.axis, found.pieces, found.rank)
         return
     sizes = _numbers(read, node, 1, values.get("split"))
+    if sizes is None and len(node.input) > 1 and node.input[1]:
+        raise Unknown(f"{label(node)} has sizes that are not constant")
     if sizes is None:
         count = len(node.output)
         step = -(-found.length // count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ _WIDTH, _BITS = 4, 6  # where a method leaves them open
 # The order of sums changes and nothing else: float32 keeps some 100 dB, float16 some 50.
 _LEAST_SNR_DB, _LEAST_SNR_DB_HALF = 60.0, 30.0
 
+_log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 
 
@@ -55,6 +57,8 @@ def permute(
     moments = {} if feeds is None else _moments(model, folder, plan, blocks, feeds, seed, progress)
     found = permutations(model, folder, moments, blocks, seed=seed)
     for each in found:
+        gains = ", ".join(f"{name} {gain:+.2f} dB" for name, gain in each.gains_db.items())
+        _log.info("%d channels in another order: %s", each.group.size, gains)
         apply(model, each.group, each.order, folder)
     return found
 
