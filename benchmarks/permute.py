@@ -45,7 +45,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("network", choices=[*SETTINGS, "table"])
-    parser.add_argument("--seeds", type=int, default=1, choices=range(1, len(SEEDS) + 1))
+    parser.add_argument("--seeds", type=int, default=1, choices=range(len(SEEDS) + 1), help="0: layers alone")
     options = parser.parse_args()
     if options.network == "table":
         print_table()
@@ -79,6 +79,7 @@ def _store(entry: dict[str, Any], path: Path) -> None:
 
 
 _KINDS = ("plain", "permuted")
+_MEASURED = ("snr_db", "agreement", "seconds")
 
 
 def _groups(model: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -163,17 +164,20 @@ def _summary(entry: dict[str, Any]) -> dict[str, Any]:
     return {
         "share": sum(sizes[name] for name in entry["layers"]) / sum(sizes.values()),
         "gain": float(np.average(gains, weights=[sizes[name] for name in pairs])) if gains else 0.0,
-        "range": (min(gains, default=0.0), max(gains, default=0.0)),
-        **{f"snr_{kind}": float(np.mean([run["snr_db"] for run in runs[kind]])) for kind in _KINDS},
-        **{f"agreement_{kind}": 100 * float(np.mean([run["agreement"] for run in runs[kind]])) for kind in _KINDS},
-        "seconds": [round(float(np.mean([run["seconds"] for run in runs[kind]]))) for kind in _KINDS],
+        "spread": [float(np.quantile(gains, share)) if gains else 0.0 for share in (0, 0.5, 1)],
+        **{f"{key}_{kind}": _mean(run[key] for run in runs[kind]) for kind in _KINDS for key in _MEASURED},
     }
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return float(np.mean(found)) if found else None
 
 
 def print_table() -> None:
     print(
         "| network | `best` | groups (channels) | pinned channels | layers that an order can help (of all weights) "
-        "| their error falls by (least, most) | network's output | agreement | seconds | seeds |\n"
+        "| their error falls by (least, median, most) | network's output in dB | agreement | seconds | seeds |\n"
         "|---|---|---|---|---|---|---|---|---|---|"
     )
     settings = set()
@@ -189,13 +193,17 @@ def print_table() -> None:
             f"| {network} | {', '.join(f'{key} {value}' for key, value in options.items())} "
             f"| {entry['groups']} ({entry['channels']:,}) | {sum(entry['pinned'].values()):,} "
             f"| {len(entry['layers'])} ({100 * found['share']:.0f} %) "
-            f"| {found['gain']:.2f} dB ({found['range'][0]:.2f}, {found['range'][1]:.2f}) "
-            f"| {found['snr_plain']:.2f} -> {found['snr_permuted']:.2f} dB "
-            f"| {found['agreement_plain']:.1f} -> {found['agreement_permuted']:.1f} % "
-            f"| {found['seconds'][0]} -> {found['seconds'][1]} | {len(entry['runs'])} |"
+            f"| {found['gain']:.2f} dB ({', '.join(f'{gain:.2f}' for gain in found['spread'])}) "
+            f"| {_pair(found, 'snr_db', '.2f')} | {_pair(found, 'agreement', '.1%')} "
+            f"| {_pair(found, 'seconds', '.0f')} | {len(entry['runs'])} |"
         )
     for text in sorted(settings):
         print(f"\n{text}")
+
+
+def _pair(found: dict[str, Any], key: str, spec: str) -> str:
+    values = [found[f"{key}_{kind}"] for kind in _KINDS]
+    return "-" if None in values else " -> ".join(format(value, spec) for value in values)
 
 
 if __name__ == "__main__":
