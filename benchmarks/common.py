@@ -89,6 +89,12 @@ def torchvision_feeds(split: str, count: int, batch: int = 16) -> Iterator[Feed]
     return _feeds(split, count, batch, _torchvision)
 
 
+def squeezenet_feeds(split: str, count: int) -> Iterator[Feed]:
+    """The same as SqueezeNet wants them, one at a time: the middle 224 x 224, BGR minus (104, 117, 123)."""
+    for feed in _feeds(split, count, 1, _caffe):
+        yield {"data_0": feed["input"]}
+
+
 def _feeds(split: str, count: int, batch: int, prepare: Callable[[Path], np.ndarray]) -> Iterator[Feed]:
     paths = sorted(
         path for path in (data_dir() / "imagenet" / split).iterdir() if path.suffix.lower() in (".jpg", ".jpeg")
@@ -114,6 +120,13 @@ def _mobilenet(path: Path) -> np.ndarray:
         inset = (side - edge) // 2
         cropped = square.crop((inset, inset, inset + edge, inset + edge)).resize((224, 224), Image.Resampling.BILINEAR)
     return (np.asarray(cropped, np.float32) / 127.5 - 1).transpose(2, 0, 1)
+
+
+def _caffe(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        left, top = (image.width - 224) // 2, (image.height - 224) // 2
+        pixels = np.asarray(image.convert("RGB").crop((left, top, left + 224, top + 224)), np.float32)
+    return (pixels[..., ::-1] - np.array([104, 117, 123], np.float32)).transpose(2, 0, 1)
 
 
 def _torchvision(path: Path) -> np.ndarray:

@@ -17,20 +17,26 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Feed, cifar_feeds, cifar_labels, data_dir, imagenet_feeds, imagenet_val_labels, setting
-from PIL import Image
+from common import (
+    Feed,
+    cifar_feeds,
+    cifar_labels,
+    data_dir,
+    imagenet_feeds,
+    imagenet_val_labels,
+    setting,
+    squeezenet_feeds,
+)
 
 import vqonnx
 from vqonnx.bases import coding_gain_db, damped, elt
 from vqonnx.calibrate import Walk
 from vqonnx.graph import find
 from vqonnx.modelfile import load
-from vqonnx.runtime import read_inputs
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "transform"
@@ -104,21 +110,9 @@ def _data(network: str) -> tuple[list[Feed], list[Feed], np.ndarray]:
     if network == "resnet56":
         return cifar_feeds("train_0", 256, batch=64), cifar_feeds("test", 10_000), cifar_labels()
     if network == "squeezenet":
-        return list(_squeezenet("calib", 64)), list(_squeezenet("val", 650)), imagenet_val_labels()
+        return list(squeezenet_feeds("calib", 64)), list(squeezenet_feeds("val", 650)), imagenet_val_labels()
     # 1001 logits, of which 0 is the background
     return list(imagenet_feeds("calib", 64)), list(imagenet_feeds("val", 650)), imagenet_val_labels() + 1
-
-
-def _squeezenet(split: str, count: int) -> Iterable[Feed]:
-    """BGR minus (104, 117, 123), 224 x 224."""
-    kinds = (".jpg", ".jpeg")
-    paths = sorted(path for path in (data_dir() / "imagenet" / split).iterdir() if path.suffix.lower() in kinds)
-    name = read_inputs(data_dir() / "models" / "squeezenet.onnx")[0].name
-    for path in paths[:count]:
-        with Image.open(path) as image:
-            left, top = (image.width - 224) // 2, (image.height - 224) // 2
-            pixels = np.asarray(image.convert("RGB").crop((left, top, left + 224, top + 224)), np.float32)
-        yield {name: (pixels[..., ::-1] - np.array([104, 117, 123], np.float32)).transpose(2, 0, 1)[None].copy()}
 
 
 def write_gains() -> None:

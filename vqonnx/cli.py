@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "make all that is not weights as small as it gets: names, attributes, constants (not the default)"
     add("--compact", action=argparse.BooleanOptionalAction, default=False, help=text)
     add("--half-biases", action="store_true", help="round biases to float16, which takes half the bytes with --compact")
+    add("--permute", action="store_true", help="put channels into an order that is easier to code, where outputs stay")
     add("--json", action="store_true", help="print JSON")
 
     add = _command(

@@ -54,6 +54,7 @@ def run_compress(options: argparse.Namespace) -> int:
             fuse=options.fuse,
             compact=options.compact,
             half_biases=options.half_biases,
+            permute=options.permute,
             progress=progress,
         )
     saved = result.save(options.output, verify=not options.no_verify, rtol=options.check_rtol, atol=options.check_atol)

@@ -32,6 +32,8 @@ from vqonnx.methods import BGD, PQ
 from vqonnx.moments import Moments, snr_db
 from vqonnx.ops import DOMAIN
 from vqonnx.pair import multiplications
+from vqonnx.permute import permute as permute_channels
+from vqonnx.permute import prove
 from vqonnx.place import OVERHEAD, Placement, Target, place
 from vqonnx.record import KEY, LayerRecord, write_record
 from vqonnx.result import Result
@@ -73,6 +75,7 @@ def compress(
     fuse: bool | None = None,
     compact: bool = False,
     half_biases: bool = False,
+    permute: bool = False,
     tune: Tune | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -96,6 +99,8 @@ def compress(
             is None, `vqonnx.fusion.BY_DEFAULT` says, for the targets ``hybrid`` and ``custom``.
         compact: Make all that is not weights as small as it gets (`vqonnx.compact`): names, attributes, constants.
         half_biases: Round biases to float16, which a compact file stores in half the bytes.
+        permute: Put channels into an order in which layers are coded with less error, where that does not change the
+            outputs; reads the calibration data twice.
         tune: Called with each layer's site, view and new form; gives the form of the same size that takes its place, in
             the model and in what the layers behind it see (`vqonnx.training.tuner`).
         progress: Called with (layers done, layers in all, name of the next).
@@ -115,6 +120,8 @@ def compress(
     fusing = not compact and is_fused(fuse, target)
     if half_biases and not compact:
         raise OptionError("half_biases saves nothing unless the file is compact; give --compact as well")
+    if permute and tune is not None:
+        raise OptionError("permute and tune exclude each other: a tuner knows the layers in their old order")
     path = Path(model)
     proto = modelfile.load(path)
     _refuse_compressed(proto, path)
@@ -129,6 +136,11 @@ def compress(
         names = sorted({chosen.id for _, chosen in plan if chosen.needs is Needs.MOMENTS})
         raise OptionError(f"method '{names[0]}' needs calibration data; give --calibration, or choose method pq")
     feeds = None if calibration is None else _Remembering(read_feeds(calibration, inputs, batch=batch))
+    permuted = 0
+    if permute:
+        permuted = len(permute_channels(proto, path.parent, plan, feeds, seed=seed, progress=progress))
+        shown = generate_feeds(path, shapes=input_shapes, seed=seed) if feeds is None else feeds.first()
+        prove(path, proto, shown)
     if feeds is not None:
         plan = share_out(proto, path.parent, plan, feeds, seed, progress)
     placements, layers = _encode_all(proto, path, plan, skipped, feeds, seed, tune, progress)
@@ -142,9 +154,11 @@ def compress(
         factors = place(proto, placements, target)
         fused = fuse_layers(proto, path.parent) if fusing else {}
         layers = [_as_run(layer, names, fused) for layer, names in zip(layers, factors, strict=True)]
-        write_record(proto, before, tuple(layers), tuple(skipped))
+        write_record(proto, before, tuple(layers), tuple(skipped), permuted=permuted)
         if compact:
             make_compact(proto, path.parent)
+    elif permuted:
+        proto = modelfile.load(path)  # as it was
     check = generate_feeds(path, shapes=input_shapes, seed=seed) if feeds is None else feeds.first()
     return Result(proto, tuple(layers), tuple(skipped), target, path, before, check)
 

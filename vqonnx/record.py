@@ -125,6 +125,7 @@ class Record:
         layers: Compressed layers, in order.
         skipped: Layers that were left alone.
         distilled: How the codebooks were distilled afterwards; None if they were not.
+        permuted: Groups of channels whose order is not the original's.
     """
 
     bytes_before: int
@@ -132,6 +133,7 @@ class Record:
     layers: tuple[Row, ...]
     skipped: tuple[Skipped, ...]
     distilled: dict[str, Any] | None = None
+    permuted: int = 0
 
 
 def write_record(
@@ -141,6 +143,7 @@ def write_record(
     skipped: tuple[Skipped, ...],
     *,
     distilled: dict[str, Any] | None = None,
+    permuted: int = 0,
 ) -> None:
     """Keep the record in the model's metadata, in few bytes."""
     methods: list[tuple[str, dict[str, Any]]] = []
@@ -151,7 +154,7 @@ def write_record(
             methods.append(method)
         errors = layer.weight_snr_db, layer.output_snr_db
         rows.append(Row(layer.name, methods.index(method), layer.op_type, *errors, layer.factors))
-    store_record(model, Record(bytes_before, tuple(methods), tuple(rows), skipped, distilled))
+    store_record(model, Record(bytes_before, tuple(methods), tuple(rows), skipped, distilled, permuted))
 
 
 def store_record(model: ModelProto, record: Record, *, packed: bool = False) -> None:
@@ -173,6 +176,8 @@ def store_record(model: ModelProto, record: Record, *, packed: bool = False) -> 
         content["skipped"] = skipped
     if record.distilled is not None:
         content["distilled"] = record.distilled
+    if record.permuted:
+        content["permuted"] = record.permuted
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
     erase_record(model)
     model.metadata_props.add(key=KEY, value=_pack(text) if packed else text)
@@ -198,6 +203,7 @@ def read_record(model: ModelProto) -> Record | None:
                 tuple(readers[content["version"]](content, len(methods))),
                 tuple(Skipped(*each) for each in skipped),
                 content.get("distilled"),
+                int(content.get("permuted", 0)),
             )
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, zlib.error):
             return None

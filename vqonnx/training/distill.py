@@ -22,7 +22,7 @@ from vqonnx.compact import compact, restore
 from vqonnx.errors import ModelError
 from vqonnx.fusion import fuse_layers
 from vqonnx.moments import snr_db
-from vqonnx.record import write_record
+from vqonnx.record import read_record, write_record
 from vqonnx.report import report
 from vqonnx.result import Result, Saved
 from vqonnx.training.coded import CodedModel
@@ -109,6 +109,7 @@ def distill(
     proto = modelfile.load(path)
     was_compact = restore(proto)
     fused = bool(split_layers(proto, path.parent))
+    _refuse_permuted(proto, path, teacher_path)
     coded = CodedModel(proto, path).to(device)
     teacher = Teacher(teacher_path, data, device=device)
     recipe = recipe.scaled(teacher.count)
@@ -167,6 +168,15 @@ def _originals(original: Path, coded: CodedModel, compressed: Path, device: str)
                 f"{original}: '{weight.name}' is {shape}, in {compressed.name} {stored}, which was not made from it"
             )
     return {weight.name: values[weight.name].to(device) for weight in coded.weights}
+
+
+def _refuse_permuted(proto: ModelProto, path: Path, original: Path) -> None:
+    record = read_record(proto)
+    if record is not None and record.permuted:
+        raise ModelError(
+            f"{path}: {record.permuted} groups of channels lie in another order than in {original.name}, so the "
+            "weights of that cannot teach; compress without --permute"
+        )
 
 
 def _settings(recipe: Recipe, original: Path, compressed: Path, teacher: Teacher) -> dict[str, Any]:
