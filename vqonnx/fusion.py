@@ -29,7 +29,7 @@ from vqonnx.unfusion import split_layers
 from vqonnx.writer import Writer
 
 # Whether `compress` fuses unless it is told otherwise.
-BY_DEFAULT = False
+BY_DEFAULT = True
 
 _FLOAT_LIMITS = np.finfo(np.float32)
 
