@@ -168,7 +168,7 @@ def outputs_of(model: ModelProto) -> set[str]:
 def test_small_models(name: str, target: Target, tmp_path: Path) -> None:
     source = nets.write(nets.SMALL[name](), tmp_path / "source.onnx")
     path, small, plain = (tmp_path / f"{part}.onnx" for part in ("compressed", "compact", "plain"))
-    vqonnx.compress(source, KMeans(bits=2), target=target).save(path)
+    vqonnx.compress(source, KMeans(bits=2), target=target, fuse=False).save(path)
     made = vqonnx.compact_file(path, small)
     assert made.bytes == small.stat().st_size < path.stat().st_size == made.bytes_before
     assert sum(made.parts.values()) == made.bytes
@@ -558,7 +558,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(kind, match=message) as caught:
             vqonnx.compact_file(source, tmp_path / "out.onnx")
         assert "\n" not in str(caught.value)
-    vqonnx.compress(plain, KMeans(bits=2)).save(tmp_path / "small.onnx")
+    vqonnx.compress(plain, KMeans(bits=2), fuse=False).save(tmp_path / "small.onnx")
     with pytest.raises(InputError, match="is the input itself"):
         vqonnx.compact_file(tmp_path / "small.onnx", tmp_path / "small.onnx")
     assert not (tmp_path / "out.onnx").exists()
@@ -566,7 +566,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_a_file_that_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = nets.write(nets.dense(2, 48), tmp_path / "source.onnx")
-    vqonnx.compress(source, KMeans(bits=2)).save(tmp_path / "small.onnx")
+    vqonnx.compress(source, KMeans(bits=2), fuse=False).save(tmp_path / "small.onnx")
 
     def damage(model: ModelProto, folder: Path) -> None:
         compact(model, folder)
@@ -601,7 +601,7 @@ OVERHEAD = {"resnet20": 3514, "resnet56": 4994, "squeezenet": 5178, "mobilenetv2
 def check_real(source: Path, folder: Path, *, fused_alike: bool = True, method: Any = None) -> vqonnx.Compacted:
     """``fused_alike``: with the library onnxruntime fuses the same, though the file says less of shapes."""
     path, small, plain = (folder / f"{part}.onnx" for part in ("compressed", "compact", "plain"))
-    vqonnx.compress(source, method or PQ()).save(path, verify=False)
+    vqonnx.compress(source, method or PQ(), fuse=False).save(path, verify=False)
     made = vqonnx.compact_file(path, small)
     onnx.checker.check_model(small)
     assert optimised(path, folder / "a.onnx") == optimised(small, folder / "b.onnx")

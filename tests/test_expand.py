@@ -118,7 +118,10 @@ def test_codes_of_eleven_bits(target: Target, tmp_path: Path) -> None:
     feed = {"h0": nets.draw((3, 128), 7)}
     for library in (False, True)[target == "custom" :]:
         (wanted,), (got,) = nets.outputs(plain, feed), nets.outputs(path, feed, library=library)
-        np.testing.assert_array_equal(got, wanted, err_msg=f"{target}, library {library}")
+        if library:  # its kernels add in another order
+            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max(), err_msg=target)
+        else:
+            np.testing.assert_array_equal(got, wanted, err_msg=target)
 
 
 @pytest.mark.parametrize("target", TARGETS)
