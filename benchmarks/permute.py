@@ -27,7 +27,7 @@ import vqonnx
 from vqonnx.calibrate import Walk
 from vqonnx.graph import find
 from vqonnx.method import Layer
-from vqonnx.methods import Best
+from vqonnx.methods import Refined
 from vqonnx.modelfile import load
 from vqonnx.moments import Moments, snr_db
 from vqonnx.permute import Blocks, find_groups, permute, readers_of
@@ -106,7 +106,7 @@ def _layers(model: Path, options: dict[str, Any], calibration: list[Feed]) -> di
 
     Each layer alone, on the inputs of the original, the mean left out, which the bias makes good.
     """
-    method = Best(**options)
+    method = Refined(**options)
     found: dict[str, list[float | None]] = {}
     for permuted in (False, True):
         proto = load(model)
@@ -134,7 +134,7 @@ def _compress(
     model: Path, options: dict[str, Any], calibration: list[Feed], test: list[Feed], seed: int, permute: bool
 ) -> dict[str, Any]:
     start = time.monotonic()
-    result = vqonnx.compress(model, Best(**options), calibration=calibration, permute=permute, seed=seed)
+    result = vqonnx.compress(model, Refined(**options), calibration=calibration, permute=permute, seed=seed)
     seconds = time.monotonic() - start
     with tempfile.TemporaryDirectory() as folder:
         saved = result.save(Path(folder) / "small.onnx")

@@ -387,7 +387,7 @@ def test_a_model_cut_anywhere(share: float, refuse: Any, source: Path, out: Path
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--method", "magic"), "method 'magic' is unknown; choose one of kmeans, pq, bgd"),
+        (("--method", "magic"), "method 'magic' is unknown; choose one of kmeans, rtn, pq, bgd"),
         (("--method", "kmeans", "--width", "4"), "method 'kmeans' has no option 'width'; it has order, bits"),
         (("--set", "bit=4"), "method 'pq' has no option 'bit'"),
         (("--set", "bits"), "--set bits: write it as option=value"),
@@ -414,9 +414,9 @@ def test_a_model_cut_anywhere(share: float, refuse: Any, source: Path, out: Path
         (("--input-shapes", "x:1xax8"), "--input-shapes x:1xax8: write it as"),
         (("--input-shapes", "z:1x4x8x8"), "input shape for 'z': the model's inputs are x"),
         (("--input-shapes", "x:1x4x8x9"), r"input shape \[1, 4, 8, 9\] does not fit input 'x', which is float32"),
-        (("--include", "nothing*"), r"pattern 'nothing\*' matches none of the 5 layers \(conv_w"),
+        (("--include", "nothing*"), r"pattern 'nothing\*' matches none of the 6 layers \(conv_w"),
         (("--exclude", "nothing*"), r"pattern 'nothing\*' matches none"),
-        (("--exclude", "*"), r"no layer can be compressed \(depth_w: depthwise.*conv_w.*: excluded.*--allow-unchanged"),
+        (("--exclude", "*"), r"no layer can be compressed \(conv_w.*: excluded; depth_w: depthwise.*--allow-unchanged"),
         (("--method", "svd", "--set", "rank=900"), r"conv_w: rank 900 is more than the \d+ of .*; choose 1 to \d+"),
         (("--config", "missing.toml"), r"missing\.toml: cannot be read \(No such file or directory\); give"),
     ],
@@ -434,7 +434,7 @@ def test_bad_options(arguments: tuple[str, ...], says: str, refuse: Any, source:
         ("method = 'magic'", "method 'magic' is unknown"),
         ("options = { bits = 99 }", "bits is 99; choose 1 to 12"),
         ("seed = -5", "seed is -5"),
-        ("[[layer]]\nmatch = 'nothing'\nmethod = 'pq'", "pattern 'nothing' matches none of the 5 layers"),
+        ("[[layer]]\nmatch = 'nothing'\nmethod = 'pq'", "pattern 'nothing' matches none of the 6 layers"),
     ],
 )
 def test_bad_configurations(text: str, says: str, refuse: Any, source: Path, out: Path, tmp_path: Path) -> None:

@@ -89,10 +89,10 @@ def test_nothing_is_needed(write: Any) -> None:
         ("[[layer]]\nmatch = 'a'\nmethod = 'pq'\n[[layer]]\nmatch = 'fc'\nbits = 3", "number 2: key 'bits' is unknown"),
         (
             "[[layer]]\nmatch = 'fc'\noptions = { bits = 2 }",
-            "number 1 needs a key 'method': one of kmeans, pq, bgd, .* or",
+            "number 1 needs a key 'method': one of kmeans, rtn, pq, bgd, .* or",
         ),
         ("[[layer]]\nmatch = 'fc'\nmethod = 'pq'\noptions = 3", "options = 3 should be a dict"),
-        ("[[layer]]\nmatch = 'fc'\nmethod = 'qp'", "method 'qp' is unknown; choose one of kmeans, pq, bgd"),
+        ("[[layer]]\nmatch = 'fc'\nmethod = 'qp'", "method 'qp' is unknown; choose one of kmeans, rtn, pq, bgd"),
         ("[[layer]]\nmatch = 'fc'\nmethod = 'pq'\noptions = { with = 2 }", "'pq' has no option 'with'; it has .*width"),
         ("[[layer]]\nmatch = 'fc'\nmethod = 'pq'\noptions = { bits = 13 }", "bits is 13; choose 1 to 12"),
         ("[[layer]]\nmatch = 'fc'\nmethod = 'pq'\noptions = { bits = 2.5 }", "bits=2.5 is not a whole number"),

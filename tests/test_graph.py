@@ -169,11 +169,12 @@ X = "(float[2, 6] x) => (float[R, C] y)"
 IMAGE = "(float[1, 4, 5, 5] x) => (float[A, B, C, D] y)"
 
 
-def test_depthwise_convolutions_are_left_alone() -> None:
-    model = parse(f"{IMAGE} {{ y = Conv <group = 4> (x, w) }}", w=numbers((8, 1, 3, 3)))
-    assert skipped(model) == {"w": "depthwise convolution (4 groups of one channel)"}
-    model = parse(f"{IMAGE} {{ y = ConvTranspose <group = 4> (x, w) }}", w=numbers((4, 2, 3, 3)))
-    assert skipped(model) == {"w": "depthwise convolution (4 groups of one channel)"}
+@pytest.mark.parametrize(
+    ("op_type", "shape"), [("Conv", (8, 1, 3, 3)), ("ConvTranspose", (4, 2, 3, 3))], ids=["Conv", "ConvTranspose"]
+)
+def test_depthwise_convolutions_are_known_as_such(op_type: str, shape: tuple[int, ...]) -> None:
+    model = parse(f"{IMAGE} {{ y = {op_type} <group = 4> (x, w) }}", w=numbers(shape))
+    assert [site.depthwise for site in find(model, ".").sites] == [True]
 
 
 def test_one_input_channel_is_not_depthwise() -> None:
@@ -182,7 +183,7 @@ def test_one_input_channel_is_not_depthwise() -> None:
         w=numbers((4, 1, 3, 3)),
         v=numbers((4, 1, 3, 3)),
     )
-    assert list(found(model)) == ["w", "v"]
+    assert {site.name: site.depthwise for site in find(model, ".").sites} == {"w": False, "v": False}
 
 
 @pytest.mark.parametrize("steps", ["", "Transpose", "Identity"])

@@ -21,7 +21,7 @@ from vqonnx.errors import ModelError, OptionError, VerifyError
 from vqonnx.generate import generate_feeds
 from vqonnx.graph import find
 from vqonnx.method import Layer
-from vqonnx.methods import PQ, Best
+from vqonnx.methods import PQ, Refined
 from vqonnx.modelfile import load, save
 from vqonnx.permute import Group, apply, best_permutations, find_groups, prove
 from vqonnx.permute.swaps import Consumer, _State, search
@@ -175,14 +175,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("target", ["hybrid", "portable", "custom"])
 def test_a_permuted_and_compressed_model_verifies(target: Target, source: Path, tmp_path: Path) -> None:
     before = source.read_bytes()
-    methods = [vqonnx.PQ(width=4, bits=6), Best(width=4, bits=6)]
+    methods = [vqonnx.PQ(width=4, bits=6), Refined(width=4, bits=6)]
     for method, calibration in zip(methods, [None, feeds()], strict=True):
         plain = vqonnx.compress(source, method, calibration=calibration, target=target)
         result = vqonnx.compress(source, method, calibration=calibration, target=target, permute=True)
         saved = result.save(tmp_path / f"{method.id}.onnx")
         assert saved.comparison is not None
         assert saved.comparison.snr_db is not None
-        assert saved.comparison.snr_db > {"pq": 1, "best": 15}[method.id]
+        assert saved.comparison.snr_db > {"pq": 1, "refined": 15}[method.id]
         assert [layer.bytes for layer in result.layers] == [layer.bytes for layer in plain.layers]
         pairs = zip(plain.layers, result.layers, strict=True)
         gains = {b.name: (b.weight_snr_db or 0) - (a.weight_snr_db or 0) for a, b in pairs}
@@ -198,7 +198,7 @@ def test_a_permuted_and_compressed_model_verifies(target: Target, source: Path, 
 def test_same_seed_same_bytes(source: Path, tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("one.onnx", "two.onnx", "other.onnx")]
     for path, seed in zip(paths, (3, 3, 4), strict=True):
-        method = Best(width=4, bits=5)
+        method = Refined(width=4, bits=5)
         vqonnx.compress(source, method, calibration=feeds(), permute=True, seed=seed).save(path, verify=False)
     one, two, other = (path.read_bytes() for path in paths)
     assert one == two != other

@@ -1,11 +1,27 @@
 """Make ONNX models 8 to 30 times smaller by vector quantisation, run them on onnxruntime, prove that they agree."""
 
 from vqonnx.compact_file import Compacted, compact_file
-from vqonnx.compress import Override, compress
+from vqonnx.compress import compress
 from vqonnx.errors import DataError, FormError, InputError, ModelError, OptionError, VerifyError, VqonnxError
 from vqonnx.expand import expand
+from vqonnx.fit import Limits
 from vqonnx.fuse import FusedFile, fuse
-from vqonnx.methods import BGD, DQC, METHODS, PQ, SVD, Best, Binary, KMeans, Residual, Transform
+from vqonnx.methods import (
+    BGD,
+    DQC,
+    METHODS,
+    PQ,
+    RTN,
+    SVD,
+    Best,
+    Binary,
+    Entropy,
+    KMeans,
+    Refined,
+    Residual,
+    Transform,
+)
+from vqonnx.plan import Override
 from vqonnx.published import Imported, import_kill_the_bits
 from vqonnx.report import Report, report
 from vqonnx.result import Result, Saved
@@ -17,20 +33,24 @@ __all__ = [
     "DQC",
     "METHODS",
     "PQ",
+    "RTN",
     "SVD",
     "Best",
     "Binary",
     "Compacted",
     "Comparison",
     "DataError",
+    "Entropy",
     "FormError",
     "FusedFile",
     "Imported",
     "InputError",
     "KMeans",
+    "Limits",
     "ModelError",
     "OptionError",
     "Override",
+    "Refined",
     "Report",
     "Residual",
     "Result",

@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add = _command(commands, "compress", run.run_compress, "replace weights by codes and codebooks")
     add("model", metavar="IN", help="the ONNX model")
     add("output", metavar="OUT", help="the compressed model")
-    add("--method", metavar="M", help="see 'vqonnx methods'; default bgd with calibration data, pq without")
+    add("--method", metavar="M", help="see 'vqonnx methods'; default best with calibration data, pq without")
     add("--set", metavar="OPTION=VALUE", action="append", default=[], help="an option of the method; may be repeated")
     add("--bits", metavar="B", help="short for --set bits=B")
     add("--width", metavar="D", help="short for --set width=D")
@@ -94,6 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--exclude", metavar="PATTERN", action="append", default=[], help="leave these layers alone")
     add("--op-types", metavar="OP", nargs="+", help=f"compress only these operators (default {' '.join(LINEAR)})")
     add("--config", metavar="FILE.toml", help="methods by layer")
+    add("--target-size", metavar="SIZE", help="bytes of the file, never more: 300KB (1,000), 1.5MiB (1,024)")
+    add("--target-ratio", type=float, metavar="R", help="the file is this many times smaller than the original")
+    add("--max-drop", type=float, metavar="P", help="percentage points that may be lost on --data, in as small a file")
+    add("--data", metavar="PATH", help="for --max-drop: inputs other than those of the calibration")
+    add("--labels", metavar="FILE", help="for --max-drop: right classes of --data; agreement counts without them")
+    add("--cache", metavar="FOLDER", help="keep what layers can do at which size, and go on from it")
+    add("--jobs", type=int, metavar="N", help="layers tried at the same time (default all cores)")
     add("--target", metavar="T", help=f"{', '.join(get_args(Target))} (default hybrid)")
     add("--seed", type=int, metavar="N", help="same seed, same bytes (default 0)")
     add("--batch", type=int, default=16, metavar="N", help="images run at once (default 16)")
@@ -103,9 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-verify", action="store_true", help="do not load and run the written model")
     add("--allow-unchanged", action="store_true", help="copy a model in which nothing can be compressed")
     _add_fuse(add)
-    text = "make all that is not weights as small as it gets: names, attributes, constants (not the default)"
-    add("--compact", action=argparse.BooleanOptionalAction, default=False, help=text)
-    add("--half-biases", action="store_true", help="round biases to float16, which takes half the bytes with --compact")
+    text = "make all that is not weights as small as it gets: names, attributes, constants (default with a target)"
+    add("--compact", action=argparse.BooleanOptionalAction, default=None, help=text)
+    text = "round biases to float16, which takes half the bytes with --compact (default with a target)"
+    add("--half-biases", action=argparse.BooleanOptionalAction, default=None, help=text)
     add("--permute", action="store_true", help="put channels into an order that is easier to code, where outputs stay")
     add("--json", action="store_true", help="print JSON")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from vqonnx import modelfile, show
-from vqonnx.allocate import Progress
 from vqonnx.bench import bench
 from vqonnx.breakdown import breakdown
 from vqonnx.compact_file import compact_file
@@ -19,10 +19,12 @@ from vqonnx.compress import compress
 from vqonnx.config import Config, read_config
 from vqonnx.errors import OptionError
 from vqonnx.expand import expand
+from vqonnx.fit import Limits, parse_size
 from vqonnx.fuse import fuse
 from vqonnx.generate import generate_feeds
 from vqonnx.graph import LINEAR
 from vqonnx.labels import read_labels
+from vqonnx.menu import Progress
 from vqonnx.method import Method
 from vqonnx.methods import DQC, METHODS, method_by_name
 from vqonnx.place import Target
@@ -47,6 +49,7 @@ def run_compress(options: argparse.Namespace) -> int:
             op_types=options.op_types or config.op_types or LINEAR,
             overrides=config.overrides,
             target=_target(options.target or config.target or "hybrid"),
+            limits=_limits(options),
             seed=options.seed if options.seed is not None else config.seed or 0,
             batch=options.batch,
             input_shapes=_shapes(options.input_shapes),
@@ -55,6 +58,8 @@ def run_compress(options: argparse.Namespace) -> int:
             compact=options.compact,
             half_biases=options.half_biases,
             permute=options.permute,
+            cache=options.cache,
+            jobs=options.jobs if options.jobs is not None else os.cpu_count() or 1,
             progress=progress,
         )
     saved = result.save(options.output, verify=not options.no_verify, rtol=options.check_rtol, atol=options.check_atol)
@@ -300,6 +305,18 @@ def run_methods(options: argparse.Namespace) -> int:
     if not options.quiet:
         show.methods(METHODS)
     return 0
+
+
+def _limits(options: argparse.Namespace) -> Limits | None:
+    """What the user allows the file; None if nothing is said."""
+    given = {"size": options.target_size, "ratio": options.target_ratio, "drop": options.max_drop}
+    if all(value is None for value in given.values()):
+        if options.data is not None or options.labels is not None:
+            raise OptionError("--data and --labels are for --max-drop; 'vqonnx verify' compares a file that is there")
+        return None
+    size = None if options.target_size is None else parse_size(options.target_size)
+    labels = None if options.labels is None else read_labels(options.labels)
+    return Limits(size=size, ratio=options.target_ratio, drop=options.max_drop, data=options.data, labels=labels)
 
 
 def _check_models(options: argparse.Namespace) -> None:

@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vqonnx.compress import Override
 from vqonnx.errors import OptionError
 from vqonnx.methods import METHODS, method_by_name
+from vqonnx.plan import Override
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -112,6 +112,12 @@ class Site:
         return self.shape[2:] if self.op_type in ("Conv", "ConvTranspose") else ()
 
     @property
+    def depthwise(self) -> bool:
+        """Whether each group of a convolution has one input channel."""
+        channels = {"Conv": self.shape[1], "ConvTranspose": self.shape[0] // self.group}
+        return self.group > 1 and channels.get(self.op_type) == 1
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weight as the layers read it."""
         return math.prod(self.shape) * _ITEM_BYTES.get(self.elem_type, 2)
@@ -372,17 +378,13 @@ def _target_shape(node: NodeProto, before: tuple[int, ...], home: Scope, folder:
 
 
 def _check_shape(site: Site) -> None:
-    rank, group = len(site.shape), site.group
+    rank = len(site.shape)
     if 0 in site.shape:
         raise _LeftAlone(f"weight is empty {list(site.shape)}", site.name)
     if rank < 2 or (site.op_type in ("Conv", "ConvTranspose") and rank < 3):
         raise _LeftAlone(f"weight has {rank} axes {list(site.shape)}", site.name)
     if any(a.ref_attr_name for a in site.node.attribute if a.name in ("group", "transB")):
         raise _LeftAlone("an attribute of the layer is set by the caller of its function", site.name)
-    if site.op_type == "Conv" and group > 1 and site.shape[1] == 1:
-        raise _LeftAlone(f"depthwise convolution ({group} groups of one channel)", site.name)
-    if site.op_type == "ConvTranspose" and group > 1 and site.shape[0] == group:
-        raise _LeftAlone(f"depthwise convolution ({group} groups of one channel)", site.name)
 
 
 def _type_name(elem_type: int) -> str:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from enum import Enum
+from math import prod
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -13,7 +14,6 @@ from numpy.typing import NDArray
 
 from vqonnx.errors import OptionError
 from vqonnx.form import Form, Matrix
-from vqonnx.lagrange import Curve
 from vqonnx.moments import Cross, Moments
 from vqonnx.view import Order, ViewOrder
 
@@ -37,6 +37,7 @@ class Layer:
         op_type: Conv, ConvTranspose, Gemm or MatMul.
         weight: float32 ``[rows, cols]``, seen in the method's `Method.view_order`.
         kernel: Sizes of a convolution's kernel; empty for Gemm and MatMul.
+        groups: Groups of a convolution; a depthwise one has one row and one input channel in each.
         first: It is the first layer of the model.
         last: It is the last one.
         seed: Seed for everything random.
@@ -48,11 +49,17 @@ class Layer:
     op_type: str
     weight: Matrix
     kernel: tuple[int, ...] = ()
+    groups: int = 1
     first: bool = False
     last: bool = False
     seed: int = 0
     moments: Moments | None = None
     cross: Cross | None = None
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every output sees one channel."""
+        return self.groups > 1 and self.weight.shape[1] == prod(self.kernel)
 
 
 class LeftAlone(Exception):
@@ -69,6 +76,7 @@ class Method(ABC):
 
     id: ClassVar[str]
     needs: ClassVar[Needs] = Needs.WEIGHT
+    depthwise: ClassVar[bool] = False  # it has something to offer for depthwise convolutions
 
     order: Order = "ihw"
 
@@ -99,16 +107,18 @@ class Method(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Way:
-    """One way to encode a layer, at every rate.
+class Offer:
+    """One way to encode a layer.
 
     Attributes:
-        method: The method for it; with its ``bits`` set to those of a vertex it encodes the layer within that rate.
-        curve: Bytes against the error of the layer's output (of its weight, where there are no moments).
+        method: The method for it; it encodes the layer in about so many bytes.
+        bytes: What the layer takes.
+        error: Mean squared error of the layer's output (of its weight, summed, where there are no moments).
     """
 
-    method: Budgeted
-    curve: Curve
+    method: Method
+    bytes: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -127,8 +137,8 @@ class Budgeted(Method):
         return (self,)
 
     @abstractmethod
-    def ways(self, layer: Layer) -> list[Way]:
-        """The ways to encode the layer, `LeftAlone` with the reason if there is none."""
+    def offers(self, layer: Layer) -> list[Offer]:
+        """The ways to encode the layer, at every size; `LeftAlone` with the reason if there is none."""
 
 
 def make_method(kind: type[Method], options: Mapping[str, Any]) -> Method:

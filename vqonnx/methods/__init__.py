@@ -14,7 +14,9 @@ from vqonnx.methods.dqc import DQC
 from vqonnx.methods.entropy import Entropy
 from vqonnx.methods.kmeans import KMeans
 from vqonnx.methods.pq import PQ
+from vqonnx.methods.refined import Refined
 from vqonnx.methods.residual import Residual
+from vqonnx.methods.rtn import RTN
 from vqonnx.methods.svd import SVD
 from vqonnx.methods.transform import Transform
 
@@ -23,17 +25,32 @@ __all__ = [
     "DQC",
     "METHODS",
     "PQ",
+    "RTN",
     "SVD",
     "Best",
     "Binary",
     "Entropy",
     "KMeans",
+    "Refined",
     "Residual",
     "Transform",
     "method_by_name",
 ]
 
-METHODS: tuple[type[Method], ...] = (KMeans, PQ, BGD, Residual, Binary, SVD, DQC, Transform, Entropy, Best)
+METHODS: tuple[type[Method], ...] = (
+    KMeans,
+    RTN,
+    PQ,
+    BGD,
+    Residual,
+    Binary,
+    SVD,
+    DQC,
+    Transform,
+    Refined,
+    Entropy,
+    Best,
+)
 
 
 def method_by_name(name: str, options: Mapping[str, Any] | None = None) -> Method:

@@ -1,93 +1,81 @@
-"""The strongest label-free encoding at hand: every step that lowered the output error of real layers, each switchable.
+"""The best accuracy for a size: from a menu of encodings, each layer gets what the whole model gains most by.
 
-Product quantisation whose target is what the original layer gives, not what its weights are, in the centred metric
-of the input that the compressed layers before it make: k-means with one metric for each block, then coordinate descent
-over the codes and least-squares codewords in turn. Formulas: METHODS 6.1c, 6.2, 6.3, 6.4 and 6.5; which steps pay on
-real networks: QUALITY. The mean that is lost goes to the layer's bias, which the pass corrects.
+`entropy` at every step, or, where codes shall have one length, `refined` product quantisation at widths of 1 to 4 and
+small codebooks; depthwise convolutions, which hold few weights and are sensitive, in 8 bits. Which encodings are on the
+menu was decided by what won on real networks (docs/decisions.md, QUALITY 3).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vqonnx.cluster import kmeans
-from vqonnx.form import Coded
-from vqonnx.method import Layer, LeftAlone, Method, Needs, check_range
-from vqonnx.methods.codebook import CodebookType, store
-from vqonnx.refine import Array, alternate, assign, feed_back, target_of, update_words
+from vqonnx.errors import OptionError
+from vqonnx.form import Form
+from vqonnx.method import Budgeted, Layer, LeftAlone, Method, Needs, Offer
+from vqonnx.methods.entropy import Entropy
+from vqonnx.methods.refined import Refined
+from vqonnx.methods.rtn import RTN
+from vqonnx.refine import target_of
 
-_WIDTH = 4
-_METRIC_ROUNDS = 4
+# (width, bits) of codes of one length, from the smallest. A codebook must not cost more than the codes that use it.
+_SIZES = ((4, 3), (4, 4), (2, 2), (4, 5), (3, 4), (4, 6), (3, 5), (2, 4), (3, 6), (4, 8), (2, 5), (1, 2), (2, 6))
+_SCALAR = ((1, 3), (1, 4), (1, 5), (1, 6))
+_MOST_BITS = 32
 
 
 @dataclass(frozen=True)
-class Best(Method):
-    """Product quantisation refined on the layer's output.
+class Best(Budgeted):
+    """A mixture, bits shared out over the network.
 
     Attributes:
-        width: Weights per codeword; None takes 4, or the columns of a row where there are fewer.
-        bits: Bits per code.
-        rounds: Of coordinate descent and least-squares codewords.
+        bits: Stored bits for each weight: an average over the layers of a model.
+        codes: ``prefix`` codes, which differ in length, or codes of one length (``fixed``).
         asymmetric: Aim at the output of the original layer on the original input.
-        start: Codes to begin with: each block's best on its own (``assign``), or error feedback (``feedback``).
-        scale: ``none``, or one factor for each ``row`` (the root of its mean square).
-        codebook: Type of the stored codebook.
     """
 
     id: ClassVar[str] = "best"
     needs: ClassVar[Needs] = Needs.MOMENTS
-    width: int | None = None
-    bits: int = 6
-    rounds: int = 3
+    depthwise: ClassVar[bool] = True
+    bits: float = 2.5
+    codes: Literal["prefix", "fixed"] = "prefix"
     asymmetric: bool = True
-    start: Literal["assign", "feedback"] = "assign"
-    scale: Literal["none", "row"] = "none"
-    codebook: CodebookType = "float16"
 
     @property
     def pairs(self) -> bool:
         return True
 
     def __post_init__(self) -> None:
-        check_range(self, "bits", 1, 12)
-        check_range(self, "width", 1, 64)
-        check_range(self, "rounds", 1, 100)
+        if not 0 < self.bits <= _MOST_BITS:
+            raise OptionError(f"method '{self.id}': bits is {self.bits:g}; choose more than 0, and up to {_MOST_BITS}")
 
-    def encode(self, layer: Layer) -> Coded:
-        rows, cols = layer.weight.shape
-        width = self.width or min(_WIDTH, cols)
-        if cols < width:
-            raise LeftAlone(f"width {width} is more than the {cols} columns of a row")
-        scales = self._scales(layer.weight)
-        target = target_of(layer, width, asymmetric=self.asymmetric, scales=scales)
-        vectors = (target.weight / target.scales[:, None]).reshape(-1, width)
-        found = kmeans(vectors, 2**self.bits, seed=layer.seed)
-        words = found.words.astype(np.float64)
-        codes = found.labels.reshape(rows, -1)
-        for _ in range(_METRIC_ROUNDS):
-            codes = assign(target, words)
-            words = update_words(target, codes, words)
-        if self.start == "feedback":
-            codes = feed_back(target, words)
+    def offers(self, layer: Layer) -> list[Offer]:
+        if layer.depthwise:
+            return [_offer(layer, RTN(order=self.order))]
+        fine = [_offer(layer, RTN(self.order, bits)) for bits in (7, 8)]  # beyond what 256 multiples of a step can do
+        if self.codes == "prefix":
+            return [*Entropy(order=self.order, asymmetric=self.asymmetric).offers(layer), *fine]
+        vectors = layer.weight.size
+        sizes = [(w, b) for w, b in (*_SIZES, *_SCALAR) if w <= layer.weight.shape[1] and w * 2**b * w <= vectors // 2]
+        methods = [Refined(self.order, w, b, asymmetric=self.asymmetric) for w, b in sizes]
+        return [*(_offer(layer, replace(method, rounds=1, asymmetric=False), method) for method in methods), *fine]
 
-        def stored(values: Array) -> Array:
-            return store(values, self.codebook).astype(np.float64)
+    def encode(self, layer: Layer) -> Form:
+        budget = self.bits * layer.weight.size / 8
+        fitting = [offer for offer in self.offers(layer) if offer.bytes <= budget]
+        if not fitting:
+            least = min(offer.bytes for offer in self.offers(layer))
+            bits = np.ceil(800 * least / layer.weight.size) / 100
+            raise LeftAlone(f"{self.bits:g} bits a weight are {budget:.0f} bytes, too few; set bits={bits:g}")
+        return min(fitting, key=lambda offer: offer.error).method.encode(layer)
 
-        codes, words = alternate(target, codes, words, self.rounds, stored)
-        return Coded.one_stage(
-            codes=codes,
-            codebook=store(words, self.codebook),
-            cols=cols,
-            scales=None if scales is None else scales[:, None].astype(np.float16),
-        )
 
-    def _scales(self, weight: NDArray[Any]) -> Array | None:
-        if self.scale == "none":
-            return None
-        rms = np.sqrt(np.mean(weight.astype(np.float64) ** 2, axis=1))
-        rounded = rms.astype(np.float16).astype(np.float64)
-        return np.where(rounded > 0, rounded, 1.0)
+def _offer(layer: Layer, tried: Method, offered: Method | None = None) -> Offer:
+    """What a method does to a layer; ``tried`` may be a quicker one than is ``offered``."""
+    form = tried.encode(layer)
+    target = target_of(layer, 1, asymmetric=False)
+    missed = target.weight - form.decode()
+    error = sum(float(np.einsum("ij,ij->", missed[rows] @ metric, missed[rows])) for rows, metric in target.parts())
+    return Offer(offered or tried, float(form.nbytes), error)

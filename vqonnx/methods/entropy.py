@@ -7,7 +7,7 @@ labels; how the multiples are chosen is in `vqonnx.ecsq`, how they are stored in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import ClassVar
 
@@ -17,12 +17,12 @@ from threadpoolctl import threadpool_limits
 from vqonnx.ecsq import Quantised, quantise
 from vqonnx.errors import OptionError
 from vqonnx.form import Coded
-from vqonnx.lagrange import lower_hull
-from vqonnx.method import Budgeted, Layer, LeftAlone, Needs, Way, check_range
+from vqonnx.method import Budgeted, Layer, LeftAlone, Needs, Offer, check_range
 from vqonnx.prefix import Prefix, common_trees
 from vqonnx.refine import Target, refit, target_of
 
-_EXPONENTS = np.arange(-5, 2.01, 0.5)  # of 2, for steps in units of the root mean square of the weights
+_EXPONENTS = np.arange(-5, 2.51, 0.125)  # of 2, for steps in units of the root mean square of the weights
+_TRIED = (-5.0, -3.0, -1.5, -0.5, 0.25, 1.0, 1.75, 2.5)
 _SEARCH = 8
 _MOST_BITS = 32  # a small layer takes more than the 7 that its levels can, with what it has besides
 _FIXED = 60  # bytes that a layer takes besides: its codebook, and its part of the trees
@@ -58,16 +58,22 @@ class Entropy(Budgeted):
             raise OptionError(f"method '{self.id}': step is {self.step:g}; choose a number above 0, such as 0.5")
         check_range(self, "sweeps", 1, 100)
 
-    def ways(self, layer: Layer) -> list[Way]:
+    def offers(self, layer: Layer) -> list[Offer]:
         with threadpool_limits(limits=1):
             target = target_of(layer, 1, asymmetric=False)
-            rates, errors = [], []
-            for exponent in _EXPONENTS:
+            sizes, errors = [], []
+            for exponent in _TRIED:
                 form = self._form(layer, target, float(2**exponent), sweeps=0)
-                missed = target.weight[:, : layer.weight.shape[1]] - form.decode()
-                rates.append(float(_bytes(form)))
+                missed = target.weight - form.decode()
+                sizes.append(float(_bytes(form)))
                 errors.append(sum(float(np.einsum("ij,ij->", missed[r] @ m, missed[r])) for r, m in target.parts()))
-        return [Way(self, lower_hull(rates, errors))]
+        # Between steps that were tried, bytes and the logarithm of the error are nearly straight lines.
+        logs = np.interp(_EXPONENTS, _TRIED, np.log(np.maximum(errors, 1e-300)))
+        between = np.interp(_EXPONENTS, _TRIED, sizes)
+        return [
+            Offer(replace(self, step=float(2**exponent)), float(size), float(np.exp(error)))
+            for exponent, size, error in zip(_EXPONENTS, between, logs, strict=True)
+        ]
 
     def encode(self, layer: Layer) -> Coded:
         with threadpool_limits(limits=1):

@@ -22,7 +22,7 @@ from vqonnx.bases import coefficients, elt, klt, projected
 from vqonnx.errors import OptionError
 from vqonnx.form import Apply, Blocks, Coded, Form, Product, row_bytes
 from vqonnx.lagrange import Curve, allocate, least_rate, lower_hull, total
-from vqonnx.method import Budgeted, Layer, LeftAlone, Needs, Way, check_range
+from vqonnx.method import Budgeted, Layer, LeftAlone, Needs, Offer, check_range
 from vqonnx.metric import Metric
 from vqonnx.view import ViewOrder
 
@@ -31,6 +31,7 @@ _DEPTHS = range(1, uniform.DEEPEST + 1)
 _BASIS_BITS = (3, 4, 5, 6)  # that are tried where the user names none
 _LARGEST_BASIS = 2048  # eigenvectors of more rows take minutes
 _RUNS = 8  # blocks at most where there is no basis
+_ROUNDING = 1e-4  # bits of a layer are written with four digits, rounded up
 _CONDITION = 1e4  # of a stored basis; beyond it the coefficients grow more than they gain
 
 Array = NDArray[np.float64]
@@ -78,9 +79,17 @@ class Transform(Budgeted):
             return (self,)
         return replace(self, axis="rows"), replace(self, axis="columns")
 
-    def ways(self, layer: Layer) -> list[Way]:
+    def offers(self, layer: Layer) -> list[Offer]:
+        found = []
         with threadpool_limits(limits=1):  # same layer, same bytes
-            return [Way(self._fixed(frame), total(frame.curves)) for frame in self._frames(layer)]
+            for frame in self._frames(layer):
+                curve = total(frame.curves)
+                for rate, error in zip(curve.rates, curve.errors, strict=True):
+                    bits = ceil(8 * rate / layer.weight.size / _ROUNDING - 1e-6) * _ROUNDING
+                    if bits > _MOST_BITS:
+                        continue
+                    found.append(Offer(replace(self._fixed(frame), bits=round(bits, 4)), float(rate), float(error)))
+        return found
 
     def encode(self, layer: Layer) -> Form:
         with threadpool_limits(limits=1):

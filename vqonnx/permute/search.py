@@ -14,7 +14,7 @@ from onnx import ModelProto
 
 from vqonnx.graph import Site, find
 from vqonnx.method import Layer
-from vqonnx.methods import PQ, Best
+from vqonnx.methods import PQ, Refined
 from vqonnx.moments import FULL_COLS, Moments
 from vqonnx.permute.groups import Group, Part, find_groups
 from vqonnx.permute.swaps import Consumer, Search, search
@@ -192,7 +192,7 @@ class _Reading:
                 missed = matrix - PQ(width=self.block.width, bits=self.block.bits).encode(layer).decode()
                 errors.append(float(np.sum(missed.astype(np.float64) ** 2)))
                 continue
-            method = Best(width=self.block.width, bits=self.block.bits, rounds=1, asymmetric=False)
+            method = Refined(width=self.block.width, bits=self.block.bits, rounds=1, asymmetric=False)
             missed = (matrix - method.encode(layer).decode()).astype(np.float64)
             errors.append(float(np.einsum("ij,ij->", missed @ moments.covariances()[0], missed)))
         return np.asarray(errors)

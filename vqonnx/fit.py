@@ -1,0 +1,164 @@
+"""Meet a size of the whole file, or lose no more than is allowed in as small a file as will do."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqonnx.allocate import Sharing
+from vqonnx.errors import OptionError
+from vqonnx.result import Result
+from vqonnx.verify import Comparison, compare
+
+_ATTEMPTS = 5
+_AIM = 0.996  # of the size that is asked for; what layers take differs a little from what they were given
+_ENOUGH = 0.985  # of it: the file may be so much smaller
+_SEARCH = 6
+_UNIT = {"": 1, "B": 1, "KB": 1000, "KIB": 1024, "MB": 1000**2, "MIB": 1024**2, "GB": 1000**3, "GIB": 1024**3}
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a compressed file must keep to; exactly one of the first three.
+
+    Attributes:
+        size: Bytes of the file on disk: never more, and not much less where layers have a use for them.
+        ratio: How many times smaller than the original.
+        drop: Percentage points of accuracy that may be lost where there are ``labels``, of images with another best
+            class where there are not; for outputs that are no classes, percent of their energy that may be noise.
+        data: Inputs on which that is judged, as `compare` takes them; not those of the calibration.
+        labels: Right classes of ``data``.
+    """
+
+    size: int | None = None
+    ratio: float | None = None
+    drop: float | None = None
+    data: Any = None
+    labels: Sequence[int] | np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("size", "ratio", "drop") if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = " and ".join(given) or "nothing"
+            raise OptionError(f"limits: {what} given; choose one of size, ratio and drop")
+        if self.size is not None and self.size < 1:
+            raise OptionError(f"limits: size is {self.size}; choose 1 or more bytes")
+        if self.ratio is not None and not 1 < self.ratio < 1e6:
+            raise OptionError(f"limits: ratio is {self.ratio:g}; choose more than 1, such as 16")
+        if self.drop is not None and not 0 < self.drop < 100:
+            raise OptionError(f"limits: drop is {self.drop:g}; choose more than 0 and less than 100")
+        if self.drop is not None and self.data is None:
+            raise OptionError("limits: drop needs data on which it is judged, other than the calibration data")
+
+
+def parse_size(text: str) -> int:
+    """Bytes from text as a user writes it.
+
+    Raises:
+        OptionError: The text is no size.
+
+    >>> parse_size("300KB"), parse_size("1.5 MiB"), parse_size("4096")
+    (300000, 1572864, 4096)
+    """
+    number = text.strip().rstrip("BbKkMmGgIi ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        return int(float(number) * _UNIT[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise OptionError(f"size '{text}' is not understood; write it like 300KB (1,000) or 1.5MiB (1,024)") from None
+
+
+def fit(attempt: Callable[[float | None], Result], limits: Limits, sharing: Sharing | None) -> Result:
+    """The model that keeps to the limits.
+
+    Args:
+        attempt: Makes it with so many bytes for the layers that share.
+        limits: What to keep to.
+        sharing: The layers that share; None where there are none.
+
+    Raises:
+        OptionError: No layer's size can be chosen, or the smallest file is larger, or loses more, than is allowed.
+    """
+    if sharing is None:
+        raise OptionError("limits need calibration data and a method whose bits are shared, such as best")
+    if limits.drop is not None:
+        return _least_loss(attempt, limits, sharing)
+    return _within(attempt, limits, sharing)
+
+
+def _within(attempt: Callable[[float | None], Result], limits: Limits, sharing: Sharing) -> Result:
+    """Bytes for the layers are corrected by what the file had too many or too few."""
+    wanted = limits.size
+    budget = None
+    best: Result | None = None
+    smallest = None
+    tried: set[float] = set()
+    for _ in range(_ATTEMPTS):
+        if budget is None:
+            guess = 0.9 * wanted if wanted is not None else (sharing.least + sharing.most) / 8
+            budget = min(max(guess, sharing.least), sharing.most)
+        result = attempt(budget)
+        tried.add(budget)
+        if wanted is None:
+            assert limits.ratio is not None
+            wanted = int(result.bytes_before / limits.ratio)
+        size = result.model.ByteSize()
+        _log.info("%d bytes for the layers make a file of %d, %d are wanted", budget, size, wanted)
+        smallest = size if smallest is None else min(smallest, size)
+        if size <= wanted and (best is None or size > best.model.ByteSize()):
+            best = result
+        if best is not None and best.model.ByteSize() >= _ENOUGH * wanted:
+            break
+        following = min(max(budget + _AIM * wanted - size, sharing.least), sharing.most)
+        if following in tried:
+            break
+        budget = following
+    if best is None:
+        raise OptionError(
+            f"a file of {wanted:,} bytes is not possible, the smallest has {smallest:,}; choose that or more"
+        )
+    return best
+
+
+def _least_loss(attempt: Callable[[float | None], Result], limits: Limits, sharing: Sharing) -> Result:
+    """Bisection on the logarithm of the bytes for the layers."""
+    low, high = np.log(sharing.least + 1), np.log(sharing.most)
+    best = None
+    worst = None
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(_SEARCH):
+            middle = (low + high) / 2
+            result = attempt(float(np.exp(middle)))
+            draft = Path(folder) / "draft.onnx"
+            result.save(draft, verify=False)
+            lost = _lost(compare(result.source, draft, limits.data, labels=limits.labels))
+            draft.unlink()
+            _log.info("%d bytes lose %.3g", result.model.ByteSize(), lost)
+            assert limits.drop is not None
+            if lost <= limits.drop:
+                best, high = result, middle
+            else:
+                worst = lost if worst is None else min(worst, lost)
+                low = middle
+    if best is None:
+        raise OptionError(
+            f"drop {limits.drop:g} is not kept: {worst:.3g} at the largest size that was tried; choose more"
+        )
+    return best
+
+
+def _lost(found: Comparison) -> float:
+    """Percentage points, or percent of the energy."""
+    if found.top1_before is not None and found.top1_after is not None:
+        return 100 * (found.top1_before - found.top1_after)
+    if found.top1_agreement is not None:
+        return 100 * (1 - found.top1_agreement)
+    return 0.0 if found.snr_db is None else float(100 * 10 ** (-found.snr_db / 10))

@@ -1,0 +1,208 @@
+"""What each layer of a model can do at every size, and how much an error of its output matters to the model's.
+
+Layers are tried one after the other, or several at a time (joblib: Dask and Ray can take its place), and what was found
+is kept by content, so that a run that was stopped does not try them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from joblib import Parallel, delayed
+from onnx import ModelProto
+
+from vqonnx.calibrate import Walk
+from vqonnx.form import Matrix
+from vqonnx.graph import Site
+from vqonnx.lagrange import Curve, lower_hull
+from vqonnx.method import Budgeted, Layer, LeftAlone, Method, Offer
+from vqonnx.methods import method_by_name
+from vqonnx.moments import Moments
+from vqonnx.place import OVERHEAD
+from vqonnx.sensitivity import Probe, noisy
+
+_KEPT_VERSION = 1  # of what a cache holds
+
+_log = logging.getLogger(__name__)
+Plan = list[tuple[Site, Method]]
+Progress = Callable[[int, int, str], None]
+
+
+def layer_of(plan: Plan, number: int, method: Method, moments: Moments | None, seed: int) -> Layer:
+    """What a method sees of a site of the plan."""
+    site = plan[number][0]
+    return Layer(
+        name=site.name,
+        op_type=site.op_type,
+        weight=site.view(method.view_order).matrix(site.read()),
+        kernel=site.kernel,
+        groups=site.group,
+        first=number == 0,
+        last=number == len(plan) - 1,
+        seed=seed + zlib.crc32(site.name.encode()) % 2**16,
+        moments=moments,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Menu:
+    """What one layer can do.
+
+    Attributes:
+        weights: Number of weights.
+        offers: The ways to encode it.
+        curve: Hull over them; its choices number the offers.
+        energy: Energy of the layer's output, in the unit of the curve's errors.
+        factor: Error of the network's output for each unit of the layer's; None if it could not be measured.
+    """
+
+    weights: int
+    offers: Sequence[Offer]
+    curve: Curve
+    energy: float
+    factor: float | None
+
+    @property
+    def weighted(self) -> Curve:
+        """The hull with errors of the network's output."""
+        return Curve(self.curve.rates, self.curve.errors * (self.factor or 0.0), self.curve.choices)
+
+
+def read_menus(
+    model: ModelProto,
+    folder: Path,
+    plan: Plan,
+    feeds: Iterable[Mapping[str, Any]],
+    seed: int,
+    *,
+    cache: Path | None = None,
+    jobs: int = 1,
+    progress: Progress | None = None,
+) -> dict[int, Menu]:
+    """The menu of each layer of the plan whose method is `Budgeted`, by its number; none for one that offers nothing.
+
+    Args:
+        model: The original; not changed.
+        folder: Where it lies.
+        plan: The layers and their methods.
+        feeds: Calibration batches.
+        seed: Of everything random.
+        cache: Folder in which offers are kept; None keeps nothing.
+        jobs: Layers that are tried at the same time.
+        progress: Called with (layers done, layers in all, name of the next).
+    """
+    numbers = [number for number, (_, method) in enumerate(plan) if isinstance(method, Budgeted)]
+    if not numbers:
+        return {}
+    probe = Probe(model, folder, feeds)
+    waiting: deque[tuple[int, float, float | None]] = deque()
+    found = {}
+
+    def tasks() -> Iterator[Any]:
+        with Walk(model, folder, [plan[number][0] for number in numbers], feeds, seed=seed) as walk:
+            for done, number in enumerate(numbers):
+                if progress:
+                    progress(done, len(numbers), f"{plan[number][0].name} (measured)")
+                layers, energy, factor = _look(plan, number, walk, probe, seed)
+                waiting.append((number, energy, factor))
+                yield delayed(_tried)(layers, cache)
+
+    for offers in Parallel(n_jobs=jobs, return_as="generator", pre_dispatch=2 * jobs)(tasks()):
+        number, energy, factor = waiting.popleft()
+        site = plan[number][0]
+        fitting = [at for at, offer in enumerate(offers) if offer.bytes + OVERHEAD < site.nbytes]
+        if fitting:
+            hull = lower_hull([offers[at].bytes for at in fitting], [offers[at].error for at in fitting])
+            curve = Curve(hull.rates, hull.errors, np.array(fitting)[hull.choices])
+            found[number] = Menu(int(np.prod(site.shape)), offers, curve, energy, factor)
+    return _with_factors(found)
+
+
+def _look(
+    plan: Plan, number: int, walk: Walk, probe: Probe, seed: int
+) -> tuple[list[tuple[Budgeted, Layer]], float, float | None]:
+    """The layer as each variant of its method sees it; the energy of its output; and how much that matters."""
+    site, method = plan[number]
+    assert isinstance(method, Budgeted)
+    weight = site.view("ihw").matrix(site.read())
+    if not np.isfinite(weight).all():
+        return [], 0.0, None
+    moments = walk.observe(site, method.order) if walk.can_observe(site) else None
+    layers = [(variant, layer_of(plan, number, variant, moments, seed)) for variant in method.variants]
+    shaken = noisy(weight, seed + number)
+    seen = site.view(method.order)  # as the moments are
+    lost, energy = (_energy(seen.matrix(site.view("ihw").tensor(m)), moments) for m in (shaken - weight, weight))
+    effect = probe.effect(site, shaken) if lost > 0 else None
+    return layers, energy, effect / lost if effect else None
+
+
+def _energy(matrix: Matrix, moments: Moments | None) -> float:
+    """Of the output with such weights, or of the weights, as offers count it."""
+    return float(np.sum(matrix.astype(np.float64) ** 2)) if moments is None else moments.energy(matrix)
+
+
+def _with_factors(menus: dict[int, Menu]) -> dict[int, Menu]:
+    """A layer that could not be measured counts like the median one, for the same relative error."""
+    known = [menu.factor * menu.energy for menu in menus.values() if menu.factor is not None]
+    middle = float(np.median(known)) if known else 1.0
+    return {
+        number: menu
+        if menu.factor is not None
+        else Menu(menu.weights, menu.offers, menu.curve, menu.energy, middle / (menu.energy or 1.0))
+        for number, menu in menus.items()
+    }
+
+
+def _tried(layers: Sequence[tuple[Budgeted, Layer]], cache: Path | None) -> list[Offer]:
+    """What the variants of a method offer for a layer, from the cache where it is there."""
+    offers: list[Offer] = []
+    for method, layer in layers:
+        kept = None if cache is None else cache / f"{_key(method, layer)}.json"
+        if kept is not None and kept.exists():
+            offers += _load(kept)
+            continue
+        try:
+            made = list(method.offers(layer))
+        except LeftAlone:
+            made = []
+        if kept is not None:
+            _save(kept, made)
+        offers += made
+    return offers
+
+
+def _key(method: Budgeted, layer: Layer) -> str:
+    """Tells apart all that what a layer offers depends on."""
+    digest = hashlib.sha256(repr((_KEPT_VERSION, method.id, method.options, layer.kernel, layer.groups)).encode())
+    digest.update(repr((layer.first, layer.last, layer.seed, layer.weight.shape)).encode())
+    digest.update(layer.weight.tobytes())
+    if layer.moments is not None:
+        digest.update(repr(layer.moments.rows).encode() + layer.moments.sums.tobytes())
+        for blocks in layer.moments.blocks:
+            for block in blocks:
+                digest.update(block.tobytes())
+    return digest.hexdigest()[:40]
+
+
+def _load(path: Path) -> list[Offer]:
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    return [Offer(method_by_name(entry[0], entry[1]), entry[2], entry[3]) for entry in entries]
+
+
+def _save(path: Path, offers: Sequence[Offer]) -> None:
+    """Write offers; the file appears whole or not at all."""
+    entries = [(offer.method.id, offer.method.options, offer.bytes, offer.error) for offer in offers]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}.part")
+    draft.write_text(json.dumps(entries), encoding="utf-8")
+    os.replace(draft, path)
