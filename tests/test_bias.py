@@ -131,3 +131,19 @@ def test_every_small_model_is_coded_with_feedback(name: str, tmp_path: Path) -> 
     saved = vqonnx.compress(path, DQC(bits=5), calibration=feeds_of(name)).save(tmp_path / "small.onnx")
     assert saved.comparison is not None
     assert saved.comparison.snr_db is None or saved.comparison.snr_db > 8
+
+
+def test_a_layer_in_a_branch_that_reads_weights_of_the_main_graph() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+        g (bool c, float[N, 6] x) => (float[N, 4] y) {
+          y = If (c) <
+            then_branch = t () => (float[N, 4] a) { a = Gemm (x, w, b) },
+            else_branch = e () => (float[N, 4] d) { d = Gemm (x, w, b) }
+          >
+        }"""
+    model = onnx.parser.parse_model(text)
+    for name, values in (("w", draw((6, 4), 0)), ("b", draw((4,), 1))):
+        model.graph.initializer.append(numpy_helper.from_array(values, name))
+    before = model.SerializeToString()
+    assert prepare(model, find(model, ".").sites, Path()) == {}
+    assert model.SerializeToString() == before

@@ -66,7 +66,7 @@ def prepare(model: ModelProto, sites: Iterable[Site], folder: Path) -> dict[str,
     taken = set(tensors) | set(readers) | {name for node in model.graph.node for name in node.output} | listed
     found = {}
     for site in sites:
-        if len(site.uses) != 1 or site.scope.proto is not model.graph:
+        if len(site.uses) != 1 or site.uses[0].scope.proto is not model.graph:  # a branch of an If may read a weight
             continue
         place = _place(site, readers, tensors, outputs | inner)
         if place is None:
