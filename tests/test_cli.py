@@ -89,7 +89,9 @@ def test_compress_shows_layers_sizes_and_how_far_outputs_moved(run: Run, source:
 
 
 def test_compress_json(run: Run, source: Path, out: Path, images: Path) -> None:
-    code, text, err = run("compress", source, out, "--calibration", images, "--set", "first=true", "--json", "--quiet")
+    code, text, err = run(
+        "compress", source, out, "--calibration", images, "--method", "bgd", "--set", "first=true", "--json", "--quiet"
+    )
     assert (code, err) == (0, "")
     content = json.loads(text)
     assert list(content) == ["bytes", "ratio", "layers", "skipped", "parts", "verify"]

@@ -1,5 +1,6 @@
 """Make ONNX models 8 to 30 times smaller by vector quantisation, run them on onnxruntime, prove that they agree."""
 
+from vqonnx.analysis import LayerAnalysis, analyze
 from vqonnx.compact_file import Compacted, compact_file
 from vqonnx.compress import compress
 from vqonnx.errors import DataError, FormError, InputError, ModelError, OptionError, VerifyError, VqonnxError
@@ -46,6 +47,7 @@ __all__ = [
     "Imported",
     "InputError",
     "KMeans",
+    "LayerAnalysis",
     "Limits",
     "ModelError",
     "OptionError",
@@ -58,6 +60,7 @@ __all__ = [
     "Transform",
     "VerifyError",
     "VqonnxError",
+    "analyze",
     "compact_file",
     "compare",
     "compress",

@@ -117,6 +117,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--permute", action="store_true", help="put channels into an order that is easier to code, where outputs stay")
     add("--json", action="store_true", help="print JSON")
 
+    add = _command(commands, "analyze", run.run_analyze, "which layers hurt when they are compressed")
+    add("model", metavar="MODEL", help="the ONNX model")
+    add("--calibration", metavar="PATH", required=True, help=".npz keyed by input name, or a folder of them")
+    add("--method", metavar="M", help="best (default), entropy or transform")
+    add("--set", metavar="OPTION=VALUE", action="append", default=[], help="an option of the method; may be repeated")
+    add("--bits", metavar="B", help="bits a weight that the layers share")
+    add("--output", metavar="FILE.toml", help="write the table of methods by layer that 'compress --config' reads")
+    add("--plot", metavar="FILE.png", help="draw it (needs matplotlib)")
+    add("--seed", type=int, default=0, metavar="N", help="of everything random (default 0)")
+    add("--batch", type=int, default=16, metavar="N", help="images run at once (default 16)")
+    add("--cache", metavar="FOLDER", help="keep what layers can do at which size, for 'compress --cache'")
+    add("--jobs", type=int, metavar="N", help="layers tried at the same time (default all cores)")
+    add("--json", action="store_true", help="print JSON")
+
     add = _command(
         commands, "distill", run.run_distill, "move the codebooks of a compressed model towards the original"
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from vqonnx import modelfile, show
+from vqonnx.analysis import analyze, override_table, plot
 from vqonnx.bench import bench
 from vqonnx.breakdown import breakdown
 from vqonnx.compact_file import compact_file
@@ -25,8 +26,8 @@ from vqonnx.generate import generate_feeds
 from vqonnx.graph import LINEAR
 from vqonnx.labels import read_labels
 from vqonnx.menu import Progress
-from vqonnx.method import Method
-from vqonnx.methods import DQC, METHODS, method_by_name
+from vqonnx.method import Budgeted, Method
+from vqonnx.methods import DQC, METHODS, Best, method_by_name
 from vqonnx.place import Target
 from vqonnx.published import import_kill_the_bits
 from vqonnx.report import report, sizes_json
@@ -100,7 +101,36 @@ def _method(options: argparse.Namespace, config: Config) -> Method | None:
         values["width"] = options.width
     if name is None and not values:
         return None
-    return method_by_name(name or ("pq" if options.calibration is None else "bgd"), values)
+    return method_by_name(name or ("pq" if options.calibration is None else "best"), values)
+
+
+def run_analyze(options: argparse.Namespace) -> int:
+    """Show which layers hurt, and write the table for ``--config``."""
+    options.width = None
+    method = _method(options, Config()) or Best()
+    if not isinstance(method, Budgeted):
+        raise OptionError(f"method '{method.id}' has no bits to share; choose best, entropy or transform")
+    with _progress(options, "analyze") as progress:
+        found = analyze(
+            options.model,
+            method,
+            calibration=options.calibration,
+            seed=options.seed,
+            batch=options.batch,
+            cache=options.cache,
+            jobs=options.jobs if options.jobs is not None else os.cpu_count() or 1,
+            progress=progress,
+        )
+    if options.output:
+        with modelfile.whole_or_nothing(options.output) as draft:
+            draft.write_text(override_table(found), encoding="utf-8")
+    if options.plot:
+        plot(found, options.plot)
+    if options.json:
+        _print_json({"layers": [layer.to_json() for layer in found]})
+    elif not options.quiet:
+        show.analysis(found)
+    return 0
 
 
 def run_distill(options: argparse.Namespace) -> int:

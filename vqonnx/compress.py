@@ -130,7 +130,7 @@ def compress(
         shown = generate_feeds(path, shapes=input_shapes, seed=seed) if feeds is None else feeds.first()
         prove(path, proto, shown)
     sharing = None
-    if feeds is not None and any(isinstance(chosen, Budgeted) for _, chosen in plan):
+    if feeds is not None and any(isinstance(chosen, Budgeted) and chosen.shares for _, chosen in plan):
         menus = read_menus(
             proto,
             path.parent,

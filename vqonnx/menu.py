@@ -89,7 +89,7 @@ def read_menus(
     jobs: int = 1,
     progress: Progress | None = None,
 ) -> dict[int, Menu]:
-    """The menu of each layer of the plan whose method is `Budgeted`, by its number; none for one that offers nothing.
+    """The menu of each layer whose method is `Budgeted` and shares, by its number; none for one that offers nothing.
 
     Args:
         model: The original; not changed.
@@ -101,7 +101,7 @@ def read_menus(
         jobs: Layers that are tried at the same time.
         progress: Called with (layers done, layers in all, name of the next).
     """
-    numbers = [number for number, (_, method) in enumerate(plan) if isinstance(method, Budgeted)]
+    numbers = [number for number, (_, method) in enumerate(plan) if isinstance(method, Budgeted) and method.shares]
     if not numbers:
         return {}
     probe = Probe(model, folder, feeds)

@@ -132,6 +132,11 @@ class Budgeted(Method):
     bits: float = 4.0
 
     @property
+    def shares(self) -> bool:
+        """Whether its bits are shared out, or an option says already what each layer gets."""
+        return True
+
+    @property
     def variants(self) -> tuple[Budgeted, ...]:
         """The same method in each `view_order` that it leaves open."""
         return (self,)

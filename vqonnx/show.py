@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from vqonnx.analysis import LayerAnalysis
 from vqonnx.bench import BenchResult
 from vqonnx.fuse import FusedFile
 from vqonnx.graph import Skipped
@@ -63,6 +64,27 @@ def layers(records: Sequence[LayerRecord]) -> None:
     _console().print(table)
     if len(ways) == 1:
         line(f"method: {ways.pop()}")
+
+
+def analysis(found: Sequence[LayerAnalysis]) -> None:
+    """One row a layer, the most harmful first."""
+    table = Table("layer", "op", "shape", box=None, pad_edge=False)
+    for title in ("sensitivity", "harm, even bits", "bits/weight", "harm", "output dB"):
+        table.add_column(title, justify="right")
+    table.add_column("method")
+    for entry in sorted(found, key=lambda entry: -entry.even):
+        table.add_row(
+            entry.name,
+            entry.op_type,
+            "x".join(map(str, entry.shape)),
+            f"{entry.sensitivity:.3g}",
+            f"{entry.even:.1%}",
+            f"{entry.bits:.2f}",
+            f"{entry.harm:.1%}",
+            f"{entry.snr_db:.1f}",
+            entry.method.id,
+        )
+    _console().print(table)
 
 
 def skipped(entries: Sequence[Skipped]) -> None:

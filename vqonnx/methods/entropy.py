@@ -51,6 +51,10 @@ class Entropy(Budgeted):
     def pairs(self) -> bool:
         return True
 
+    @property
+    def shares(self) -> bool:
+        return self.step is None
+
     def __post_init__(self) -> None:
         if not 0 < self.bits <= _MOST_BITS:
             raise OptionError(f"method '{self.id}': bits is {self.bits:g}; choose more than 0, and up to {_MOST_BITS}")
