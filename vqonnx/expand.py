@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper
 
 from vqonnx import modelfile
 from vqonnx.compact import restore
-from vqonnx.errors import InputError, ModelError
+from vqonnx.errors import ModelError
 from vqonnx.graph import Scope
 from vqonnx.modelfile import make_tensor, remove_entries, set_nodes
-from vqonnx.ops import DOMAIN, decode_function
+from vqonnx.ops import DOMAIN
 from vqonnx.pair import join, joined_weight
-from vqonnx.place import main_opset
+from vqonnx.recompute import compute
 from vqonnx.record import erase_record, read_record
-from vqonnx.runtime import open_session, run
 from vqonnx.stored import StoredWeight, elem_type, find_stored
-from vqonnx.tidy import constant_tensor
 from vqonnx.unfusion import split_layers
 
 
@@ -39,10 +37,7 @@ def expand(compressed: str | Path, plain: str | Path) -> int:
     weights = find_stored(model, compressed.parent, read_record(model))
     if not weights:
         raise ModelError(f"{compressed}: holds no weight that vqonnx compressed; there is nothing to expand")
-    opset = main_opset(model)
-    # The library's kernel is not used here; a file may carry no body of its op, but those of others it always does.
-    others = [f for f in model.functions if f.domain == DOMAIN and f.name != "Decode"]
-    decoded = [_decode(weight, opset, [decode_function(opset), *others]) for weight in weights]
+    decoded = [_decode(weight, model) for weight in weights]
     touched = {id(s): s for w in weights for s in (w.scope, *(pair.scope for pair in w.pairs))}
     instead = _replacements(weights)
     # Inner scopes first: rewriting a scope copies its nodes, and with them the subgraphs that they hold.
@@ -55,41 +50,15 @@ def expand(compressed: str | Path, plain: str | Path) -> int:
     return len(weights)
 
 
-def _decode(weight: StoredWeight, opset: int, bodies: Sequence[FunctionProto]) -> TensorProto:
-    """Run the nodes that make the weight, without the library."""
+def _decode(weight: StoredWeight, model: ModelProto) -> TensorProto:
+    """The weight as one tensor."""
     kind = elem_type(weight)
     # The last Cast is done here, as numpy has no bfloat16.
     makers = [part if kind == TensorProto.FLOAT else part[:-1] for part in weight.makers]
-    nodes = [node for part in makers for node in part]
-    outputs = [part[-1].output[0] for part in makers]
-    functions = bodies if any(node.domain == DOMAIN for node in nodes) else []
-    graph = helper.make_graph(
-        nodes, "weight", [], [ValueInfoProto(name=name) for name in outputs], initializer=list(_constants(weight))
-    )
-    imports = [helper.make_opsetid("", opset)] + ([helper.make_opsetid(DOMAIN, 1)] if functions else [])
-    model = helper.make_model(graph, opset_imports=imports, ir_version=8, functions=functions)
-    try:
-        found = run(open_session(model.SerializeToString()), {})
-    except InputError as error:
-        raise ModelError(f"weight '{weight.name}' cannot be decoded, the file is damaged: {error}") from error
-    values: list[NDArray[np.float32]] = [found[name] for name in outputs]
+    values: list[NDArray[np.float32]] = compute(weight, [part[-1].output[0] for part in makers], model)
     if weight.pairs:
         values = [joined_weight(weight.pairs[0].first, weight.pairs[0].second, *values)]
     return make_tensor(values[0], kind, weight.name)
-
-
-def _constants(weight: StoredWeight) -> list[TensorProto]:
-    constants = []
-    for name in weight.constants:
-        home = weight.scope.home(name)
-        assert home is not None
-        tensor = home.initializers[name] if name in home.initializers else constant_tensor(home.producers[name])
-        assert tensor is not None
-        copy = TensorProto()
-        copy.CopyFrom(modelfile.inlined(tensor, weight.folder))
-        copy.name = name
-        constants.append(copy)
-    return constants
 
 
 def _replacements(weights: Iterable[StoredWeight]) -> dict[int, list[NodeProto]]:

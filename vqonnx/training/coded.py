@@ -20,6 +20,7 @@ from vqonnx.form import Coded, unpack
 from vqonnx.graph import attributes
 from vqonnx.ops import DOMAIN
 from vqonnx.place import Target, main_opset
+from vqonnx.recompute import compute
 from vqonnx.record import read_record
 from vqonnx.stored import StoredWeight, find_stored
 from vqonnx.training.executor import TorchGraph
@@ -99,11 +100,11 @@ class CodedWeight:
         books: Names of the initializers that hold its codebooks.
     """
 
-    def __init__(self, weight: StoredWeight, opset: int) -> None:
+    def __init__(self, weight: StoredWeight, model: ModelProto) -> None:
         if not isinstance(weight.scope.proto, GraphProto) or weight.scope.path:
             raise ModelError(f"{weight.name}: is in a subgraph or function, which cannot be trained")
         self.name, self.shape = weight.name, weight.shape
-        self._decodes = {n.output[0]: _read(weight, n) for n in weight.nodes if n.domain == DOMAIN}
+        self._decodes = {n.output[0]: _read(weight, n, model) for n in weight.nodes if n.op_type == "Decode"}
         tables = {} if self._decodes else _tables(weight)
         self.books = tuple(dict.fromkeys([*(d.codebooks for d in self._decodes.values()), *tables]))
         for name in self.books:
@@ -111,7 +112,9 @@ class CodedWeight:
                 raise ModelError(f"{weight.name}: its codebook '{name}' is no initializer; compress the model again")
         self._rest: TorchGraph | None = None  # what follows the blocks, where there is more than a Decode node
         if self.name not in self._decodes:
-            self._rest = TorchGraph(_alone(weight, opset), supplied=[*self._decodes, *tables], folder=weight.folder)
+            self._rest = TorchGraph(
+                _alone(weight, main_opset(model)), supplied=[*self._decodes, *tables], folder=weight.folder
+            )
         self.uses = {name: torch.zeros((), dtype=torch.int64) for name in self.books}
         for decode in self._decodes.values():
             self.uses[decode.codebooks] = self.uses[decode.codebooks] + decode.blocks.uses
@@ -154,7 +157,7 @@ class CodedModel:
             ModelError: The model holds no codes, or holds them where they cannot be trained.
         """
         stored = find_stored(model, path.parent, read_record(model))
-        self.weights = tuple(CodedWeight(weight, main_opset(model)) for weight in stored)
+        self.weights = tuple(CodedWeight(weight, model) for weight in stored)
         if not any(weight.books for weight in self.weights):
             raise ModelError(f"{path}: holds no codebooks; give a file that 'vqonnx compress' wrote")
         names = list(dict.fromkeys(name for weight in self.weights for name in weight.books))
@@ -228,9 +231,11 @@ def rounded(name: str, codebooks: Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
     return stored
 
 
-def _read(weight: StoredWeight, node: NodeProto) -> _Decode:
+def _read(weight: StoredWeight, node: NodeProto, model: ModelProto) -> _Decode:
     """The node's form. Its constants are checked as `Coded` checks them."""
-    codes, codebooks, scales = (weight.constant(name) for name in node.input[:3])
+    made = any(node.input[0] in other.output for other in weight.nodes)
+    codes = compute(weight, [node.input[0]], model)[0] if made else weight.constant(node.input[0])
+    codebooks, scales = (weight.constant(name) for name in node.input[1:3])
     bits, cols, *split = (int(number) for number in weight.constant(node.input[3]))
     groups = -(-cols // codebooks.shape[3])
     plain = scales.size == 1 and scales.item() == 1
