@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <limits>
 
 #include "linear.h"
 #include "scratch.h"
@@ -17,18 +16,6 @@ using std::size_t;
 // stay near.
 constexpr size_t kBlockPositions = 1024;
 
-std::span<const std::int64_t> KernelSizes(const std::vector<std::int64_t>& shape) {
-  if (shape.size() != 3 && shape.size() != 4) {
-    throw Invalid("the weight is " + Text(shape) + "; it must have the axes of a 1-D or 2-D convolution");
-  }
-  constexpr size_t kMostTaps = size_t{1} << 20;
-  const auto sizes = std::span(shape).subspan(2);
-  const std::optional<size_t> taps =
-      Times(static_cast<size_t>(sizes.front()), sizes.size() == 2 ? static_cast<size_t>(sizes.back()) : 1);
-  if (!taps || *taps > kMostTaps) throw Invalid("a window of " + Text(sizes) + " is too large");
-  return sizes;
-}
-
 }  // namespace
 
 Conv::Conv(const Inputs& inputs, std::span<const std::int64_t> perm, std::span<const std::int64_t> strides,
@@ -42,27 +29,15 @@ Conv::Conv(const Inputs& inputs, std::span<const std::int64_t> perm, std::span<c
   }
   groups_ = static_cast<size_t>(group);
   channels_ = static_cast<size_t>(weight_.shape()[1]);
+  is_depthwise_ = channels_ == 1 && groups_ == weight_.outputs() &&
+                  std::is_sorted(weight_.column_axes().begin() + (weight_.column_axes()[0] == 1 ? 1 : 0),
+                                 weight_.column_axes().end() - (weight_.column_axes().back() == 1 ? 1 : 0));
   if (precision != Precision::kExact && groups_ == 1)
     PlanLookup(static_cast<const std::uint8_t*>(inputs.codes.data), precision);
 }
 
 std::vector<std::int64_t> Conv::OutputShape(std::span<const std::int64_t> image) const {
-  const size_t axes = weight_.shape().size();
-  if (image.size() != axes) throw Invalid("X is " + Text(image) + "; it must have " + Text(axes) + " axes");
-  if (image[0] < 0 || image[1] < 0 || static_cast<size_t>(image[1]) % groups_ != 0 ||
-      static_cast<size_t>(image[1]) / groups_ != channels_) {
-    throw Invalid("X is " + Text(image) + "; the weight wants " + Text(groups_) + " groups of " + Text(channels_) +
-                  " channels");
-  }
-  const Grid grid(window_, axes == 4 ? static_cast<size_t>(image[2]) : 1, static_cast<size_t>(image[axes - 1]));
-  std::vector<std::int64_t> shape = {image[0], weight_.shape()[0]};
-  if (axes == 4) shape.push_back(static_cast<std::int64_t>(grid.out_rows));
-  shape.push_back(static_cast<std::int64_t>(grid.out_cols));
-  const std::optional<size_t> floats = Times(grid.plane, channels_);
-  if (!floats || *floats > static_cast<size_t>(std::numeric_limits<std::int32_t>::max())) {
-    throw Invalid("X is " + Text(image) + ", too large for this kernel");
-  }
-  return shape;
+  return ConvOutputShape(window_, weight_.shape(), groups_, image);
 }
 
 // One image, all channels, laid out for the window.
@@ -113,13 +88,13 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
   const size_t images = static_cast<size_t>(shape[0]), channels = groups_ * channels_;
   const size_t image_rows = shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1;
   const size_t image_cols = static_cast<size_t>(shape.back());
-  const bool depthwise = weight_.outputs() == groups_;
+  if (is_depthwise_) return RunDepthwise(call, shape, grid, tasks);
   if (groups_ == 1 && image_rows * image_cols == 1 && grid.direct() && weight_.by_output()) {
     return RunOnePosition(call, images, tasks);
   }
   const bool positions = PrefersPositions(grid);
   const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
-  const bool direct = depthwise || (grid.direct() && (!positions || span >= kernels_->tile_lanes));
+  const bool direct = grid.direct() && (!positions || span >= kernels_->tile_lanes);
   const size_t laid = direct ? 0 : channels * grid.plane + kernels_->tile_lanes;
   Scratch scratch(Use::kRun, Scratch::Room<float>(weight_.dense_size()) + Scratch::Room<float>(laid) +
                                  Scratch::Room<std::int32_t>(weight_.depth()));
@@ -128,7 +103,6 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
   auto* at = scratch.Take<std::int32_t>(weight_.depth());
   if (images > 0 && weight_.dense_size() > 0) weight_.Expand(call.codes, tasks, dense);
   Columns(grid, at);
-  if (depthwise) return RunDepthwise(call, shape, grid, dense, at, tasks);
   for (size_t n = 0; n < images; ++n) {
     const float* x = call.x + n * channels * image_rows * image_cols;
     if (!direct) {

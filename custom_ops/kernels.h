@@ -65,6 +65,21 @@ struct Finish {
   float low, high;
 };
 
+// Some channels of a depthwise convolution of one image: channel c of `out` is
+//   min(high, max(low, bias[c] + taps of channel c times channel c of x, + addend))
+// Windows reach `pad_rows` before the image, and rows and columns outside of it are zeros.
+struct Depthwise {
+  const float* x;  // [channels][image_rows][image_cols]
+  std::size_t channels, image_rows, image_cols;
+  const float* taps;  // [channels][kernel_rows][kernel_cols]
+  std::size_t kernel_rows, kernel_cols, stride_rows, stride_cols, dilation_rows, dilation_cols, pad_rows, pad_cols;
+  const float* bias;    // [channels]
+  const float* addend;  // like `out`, or null
+  float low, high;
+  float* out;  // [channels][out_rows][out_cols]
+  std::size_t out_rows, out_cols;
+};
+
 // Products by table lookup. x is rounded to int16 in blocks of `pairs` pairs, like the words of the codebooks. A table
 // holds, for one block of x, what it yields with each of 256 words: (dot product + 2^31 + 2^15) / 2^16 as 16 bits, the
 // 256 low bytes before the 256 high bytes. Rows of the weight come in sets of kSetRows, whose codes stand in the order
@@ -151,9 +166,7 @@ struct Kernels {
   std::size_t tile_lanes, tile_count;
   void (*tile_windows)(const Tile& tile);
   void (*tile_positions)(const Tile& tile);
-  // The same as `positions` for one row of single_lanes sums.
-  std::size_t single_lanes;
-  void (*tile_single)(const Tile& tile);
+  void (*depthwise)(const Depthwise& depthwise);
 
   // Out comes [i][j] with a bias for each i (`rows`) or each j (`columns`), or [j][i] with a bias for each j (`across`,
   // which may read rows of `sums` up to the next multiple of 8).

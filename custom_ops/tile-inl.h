@@ -59,10 +59,6 @@ void ChooseTile(const Tile& tile) {
 void TileWindows(const Tile& tile) { ChooseTile<true, kTileCount>(tile); }
 void TilePositions(const Tile& tile) { ChooseTile<false, kTileCount>(tile); }
 
-constexpr std::size_t kSingleVectors = 8;  // enough sums for none to wait for itself
-constexpr std::size_t kSingleLanes = kSingleVectors * Wide::kLanes;
-void TileSingle(const Tile& tile) { MultiplyTile<false, kSingleVectors, 1>(tile); }
-
 // Blocks [0, blocks) of one stage for one vector of rows; `codes` of the rows are `stride` apart.
 template <bool kFirst, bool kLast, std::size_t kWidth, class Code>
 void TurnWordsOf(const Coded& m, const Code* codes, std::size_t stride, std::size_t stage, std::size_t group,
