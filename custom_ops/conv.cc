@@ -13,7 +13,7 @@ namespace {
 using std::size_t;
 
 // Positions that share a decoded piece of the weight: enough to make the decoding cheap, few enough for their sums to
-// stay near.
+// stay near. All outputs of a block come one after the other, so that its part of the image stays near as well.
 constexpr size_t kBlockPositions = 1024;
 
 }  // namespace
@@ -139,10 +139,10 @@ bool Conv::PrefersPositions(const Grid& grid) const {
   const double turn = 2.0 * static_cast<double>(lanes * 8) / 32;
   const double windows =
       static_cast<double>(Ceil(outputs, lanes)) *
-      (static_cast<double>(lines) * (steps(line) * depth + turn * static_cast<double>(Ceil(line, count)) * 4) +
+      (static_cast<double>(lines) * (steps(line) * depth + turn * static_cast<double>(Ceil(line, count)) * 8) +
        static_cast<double>(lanes) * 0.3 * depth);
   const double vectors = static_cast<double>(Ceil(span, lanes));
-  const double positions = vectors * (steps(outputs) * depth + 4 * static_cast<double>(outputs));
+  const double positions = vectors * (steps(outputs) * depth + 2 * static_cast<double>(outputs));
   return positions < windows;
 }
 
@@ -163,7 +163,7 @@ void Conv::RunWindows(const Call& call, const Image& image, const Tasks& tasks) 
   const size_t out_plane = grid.out_rows * grid.out_cols;
 
   tasks.Each(groups_ * panels * blocks, [&](size_t task) {
-    const size_t block = task % blocks, panel = task / blocks % panels, group = task / blocks / panels;
+    const size_t panel = task % panels, block = task / panels % blocks, group = task / panels / blocks;
     const Part tiles = PartOf(lines * line_tiles, blocks, block);
     const Part part = {panel * lanes, std::min(lanes, outputs - panel * lanes)};
     const size_t first = group * outputs + part.begin;
@@ -220,6 +220,7 @@ void Conv::RunPositions(const Call& call, const Image& image, const Tasks& tasks
   const size_t outputs = weight_.outputs() / groups_;
   const size_t strips = Ceil(outputs, kernels_->tile_count);
   const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
+  const bool whole = grid.cols == grid.out_cols;  // rows of outputs follow each other like their values
   const size_t tiles = Ceil(span, lanes);
   const size_t blocks = Ceil(tiles * lanes, kBlockPositions);
   const size_t most_tiles = Ceil(tiles, blocks);
@@ -228,7 +229,7 @@ void Conv::RunPositions(const Call& call, const Image& image, const Tasks& tasks
   const size_t out_plane = grid.out_rows * grid.out_cols;
 
   tasks.Each(groups_ * strips * blocks, [&](size_t task) {
-    const size_t block = task % blocks, strip = task / blocks % strips, group = task / blocks / strips;
+    const size_t strip = task % strips, block = task / strips % blocks, group = task / strips / blocks;
     const Part its_tiles = PartOf(tiles, blocks, block);
     const Part part = PartOf(outputs, strips, strip);
     const size_t first = group * outputs + part.begin;
@@ -255,32 +256,38 @@ void Conv::RunPositions(const Call& call, const Image& image, const Tasks& tasks
         const size_t skip = begin + lanes > span && span >= lanes ? begin + lanes - span : 0;
         const size_t position = begin - skip;
         float* its_sums = sums + (at_once ? 0 : t * tile_floats);
+        Finish finish = {.sums = its_sums,
+                         .pitch = lanes,
+                         .count = part.size,
+                         .lanes = std::min(lanes, span - begin),
+                         .out = call.out + out + begin,
+                         .addend = call.addend == nullptr ? nullptr : call.addend + out + begin,
+                         .stride = out_plane,
+                         .scales = nullptr,
+                         .bias = bias,
+                         .low = call.low,
+                         .high = call.high};
+        const bool is_last = col + cols == depth, at_end = is_last && whole && skip == 0;
         kernels_->tile_positions({.vectors = planes + position,
                                   .scalars = scalars,
                                   .at = image.at + col,
                                   .depth = cols,
                                   .count = part.size,
                                   .sums = its_sums,
-                                  .add = col > 0});
-        if (col + cols < depth) continue;
+                                  .add = col > 0,
+                                  .finish = at_end ? &finish : nullptr});
+        if (!is_last || at_end) continue;
         // Row by row of the output, leaving out what lies between, and what the tile before has written.
         for (size_t p = begin; p < std::min(begin + lanes, span);) {
           const size_t row = p / grid.cols, column = p % grid.cols;
-          const size_t end = std::min({begin + lanes, span, grid.cols == grid.out_cols ? span : (row + 1) * grid.cols});
+          const size_t end = std::min({begin + lanes, span, whole ? span : (row + 1) * grid.cols});
           if (column < grid.out_cols) {
-            const size_t wanted = grid.cols == grid.out_cols ? end - p : std::min(end - p, grid.out_cols - column);
             const size_t place = out + row * grid.out_cols + column;
-            kernels_->finish_rows({.sums = its_sums + (p - position),
-                                   .pitch = lanes,
-                                   .count = part.size,
-                                   .lanes = wanted,
-                                   .out = call.out + place,
-                                   .addend = call.addend == nullptr ? nullptr : call.addend + place,
-                                   .stride = out_plane,
-                                   .scales = nullptr,
-                                   .bias = bias,
-                                   .low = call.low,
-                                   .high = call.high});
+            finish.sums = its_sums + (p - position);
+            finish.lanes = whole ? end - p : std::min(end - p, grid.out_cols - column);
+            finish.out = call.out + place;
+            finish.addend = call.addend == nullptr ? nullptr : call.addend + place;
+            kernels_->finish_rows(finish);
           }
           p = end;
         }

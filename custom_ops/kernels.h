@@ -36,21 +36,6 @@ struct Coded {
   std::size_t books, words, width;
 };
 
-// Part of a product of matrices: `count` times `Kernels::tile_lanes` sums over `depth` columns.
-struct Tile {
-  const float* vectors;    // of each column tile_lanes values, which all sums of a row of the tile take
-  const float* scalars;    // of each column `count` values
-  const std::int32_t* at;  // of each column, where its vectors or scalars are
-  std::size_t depth;
-  std::size_t count;  // 1 to Kernels::tile_count
-  float* sums;        // [count][tile_lanes]
-  bool add;           // to what `sums` holds
-};
-
-// The distance of the rows of scalars in Kernels::tile_positions, in floats; they are at most kTileDepth long.
-constexpr std::size_t kTileDepth = 512;
-constexpr std::size_t kTilePitch = kTileDepth + 16;
-
 // What follows a product: + bias, + addend, then not below `low` and not above `high` (a NaN stays one).
 struct Finish {
   const float* sums;  // [count] rows, `pitch` apart
@@ -64,6 +49,24 @@ struct Finish {
   const float* bias;    // the same
   float low, high;
 };
+
+// Part of a product of matrices: `count` times `Kernels::tile_lanes` sums over `depth` columns.
+struct Tile {
+  const float* vectors;    // of each column tile_lanes values, which all sums of a row of the tile take
+  const float* scalars;    // of each column `count` values
+  const std::int32_t* at;  // of each column, where its vectors or scalars are
+  std::size_t depth;
+  std::size_t count;  // 1 to Kernels::tile_count
+  float* sums;        // [count][tile_lanes]
+  bool add;           // to what `sums` holds
+  // What follows the product; null: nothing, sums[i] are the sums. Only for tile_positions, without scales, and with
+  // at most tile_lanes lanes: then `sums` is not written, and finish->sums not read.
+  const Finish* finish = nullptr;
+};
+
+// The distance of the rows of scalars in Kernels::tile_positions, in floats; they are at most kTileDepth long.
+constexpr std::size_t kTileDepth = 512;
+constexpr std::size_t kTilePitch = kTileDepth + 16;
 
 // Some channels of a depthwise convolution of one image: channel c of `out` is
 //   min(high, max(low, bias[c] + taps of channel c times channel c of x, + addend))
