@@ -20,27 +20,12 @@ VQONNX_INLINE Wide::Range Existing(std::ptrdiff_t first, std::size_t count) {
   return Wide::RangeOf(static_cast<std::size_t>(begin), static_cast<std::size_t>(end));
 }
 
-// Neighbouring values of a row of the image, from number `first` on; zeros where there are none.
-template <std::size_t kVectors>
-struct Piece {
-  std::ptrdiff_t first = 0;
-  Wide::Range ranges[kVectors] = {};
-  Piece() = default;
-  VQONNX_INLINE Piece(std::size_t column, const Depthwise& d)
-      : first(static_cast<std::ptrdiff_t>(column - d.pad_cols)) {
-    VQONNX_UNROLL
-    for (std::size_t i = 0; i < kVectors; ++i) {
-      ranges[i] = Existing(first + static_cast<std::ptrdiff_t>(i * Wide::kLanes), d.image_cols);
-    }
-  }
-  VQONNX_INLINE decltype(Wide::Set(0.0F)) Load(const float* row, std::size_t vector) const {
-    return Wide::LoadRange(row + first + vector * Wide::kLanes, ranges[vector]);
-  }
-};
-
 // What a tap takes for kLanes outputs, from a column on that is counted with the pads.
 inline decltype(Wide::Set(0.0F)) LoadTap(const Depthwise& d, const float* row, std::size_t column) {
-  if (d.stride_cols == 1) return Piece<1>(column, d).Load(row, 0);
+  if (d.stride_cols == 1) {
+    const auto first = static_cast<std::ptrdiff_t>(column - d.pad_cols);
+    return Wide::LoadRange(row + first, Existing(first, d.image_cols));
+  }
   float values[Wide::kLanes];
   for (std::size_t i = 0; i < Wide::kLanes; ++i) {
     const std::size_t place = column + i * d.stride_cols - d.pad_cols;  // wraps around before the image
@@ -49,38 +34,55 @@ inline decltype(Wide::Set(0.0F)) LoadTap(const Depthwise& d, const float* row, s
   return Wide::Load(values);
 }
 
-// One vector of outputs, of which `left` belong to their row and as many as `room` may be written: those beyond the row
-// are written again later.
-VQONNX_INLINE void StoreOutputs(const Depthwise& d, decltype(Wide::Set(0.0F)) sum, std::size_t at, std::size_t left,
-                                std::size_t room) {
-  if (d.addend != nullptr) {
-    const float* addend = d.addend + at;
-    sum = Wide::Add(sum, left >= Wide::kLanes ? Wide::Load(addend) : Wide::LoadPart(addend, left));
+// What follows the sums of some outputs of a row, of which there are `left`.
+struct DepthwiseEnd {
+  decltype(Wide::Set(0.0F)) low, high;
+  const float* last;  // where all lanes can still be written: those beyond the row are written again later
+  std::ptrdiff_t addend;
+  bool adds;
+  VQONNX_INLINE explicit DepthwiseEnd(const Depthwise& d)
+      : low(Wide::Set(d.low)),
+        high(Wide::Set(d.high)),
+        last(d.out + static_cast<std::ptrdiff_t>(d.channels * d.out_rows * d.out_cols) -
+             static_cast<std::ptrdiff_t>(Wide::kLanes)),
+        addend(d.addend == nullptr ? 0 : d.addend - d.out),
+        adds(d.addend != nullptr) {}
+  VQONNX_INLINE void Store(decltype(Wide::Set(0.0F)) sum, float* out, std::size_t left) const {
+    if (adds) {
+      sum = Wide::Add(sum, left >= Wide::kLanes ? Wide::Load(out + addend) : Wide::LoadPart(out + addend, left));
+    }
+    sum = Wide::Min(high, Wide::Max(low, sum));
+    if (out <= last) {
+      Wide::Store(out, sum);
+    } else {
+      Wide::StorePart(out, left < Wide::kLanes ? left : Wide::kLanes, sum);
+    }
   }
-  sum = Wide::Min(Wide::Set(d.high), Wide::Max(Wide::Set(d.low), sum));
-  if (room >= Wide::kLanes) {
-    Wide::Store(d.out + at, sum);
-  } else {
-    Wide::StorePart(d.out + at, left < Wide::kLanes ? left : Wide::kLanes, sum);
-  }
-}
+};
 
-// What the taps of one row take for kLanes outputs, kStride columns apart.
+// What the taps of one row take for kLanes outputs, kStride columns apart: values from `first` on that exist.
 template <std::size_t kSize, std::size_t kStride>
 struct TapRow {
-  Piece<kStride> pieces[kSize];  // where the stride is 2, one for every other tap
-  VQONNX_INLINE TapRow(const Depthwise& d, std::size_t x) {
-    VQONNX_UNROLL
-    for (std::size_t j = 0; j < kSize; j += kStride) pieces[j] = Piece<kStride>(x * kStride + j, d);
-  }
-  VQONNX_INLINE void Load(const float* row, decltype(Wide::Set(0.0F)) (&values)[kSize]) const {
+  std::ptrdiff_t first;
+  Wide::Range ranges[kSize][kStride];  // where the stride is 2, of every other tap
+  VQONNX_INLINE TapRow(const Depthwise& d, std::size_t x)
+      : first(static_cast<std::ptrdiff_t>(x * kStride) - static_cast<std::ptrdiff_t>(d.pad_cols)) {
     VQONNX_UNROLL
     for (std::size_t j = 0; j < kSize; j += kStride) {
-      if constexpr (kStride == 1) {
-        values[j] = pieces[j].Load(row, 0);
-      } else {
-        auto odd = Wide::Set(0.0F);
-        Wide::SplitPairs(pieces[j].Load(row, 0), pieces[j].Load(row, 1), &values[j], &odd);
+      VQONNX_UNROLL
+      for (std::size_t i = 0; i < kStride; ++i) {
+        ranges[j][i] = Existing(first + static_cast<std::ptrdiff_t>(j + i * Wide::kLanes), d.image_cols);
+      }
+    }
+  }
+  VQONNX_INLINE void Load(const float* row, decltype(Wide::Set(0.0F)) (&values)[kSize]) const {
+    const float* from = row + first;
+    VQONNX_UNROLL
+    for (std::size_t j = 0; j < kSize; j += kStride) {
+      values[j] = Wide::LoadRange(from + j, ranges[j][0]);
+      if constexpr (kStride == 2) {
+        auto odd = values[j];
+        Wide::SplitPairs(values[j], Wide::LoadRange(from + j + Wide::kLanes, ranges[j][1]), &values[j], &odd);
         if (j + 1 < kSize) values[j + 1] = odd;
       }
     }
@@ -93,24 +95,31 @@ template <std::size_t kSize, std::size_t kStride>
 void SumDense(const Depthwise& d, std::size_t channel) {
   using V = decltype(Wide::Set(0.0F));
   constexpr std::size_t kSums = (kSize - 1) / kStride + 1;  // outputs that a row may be part of
-  const std::size_t out_plane = d.out_rows * d.out_cols;
-  const float* image = d.x + channel * d.image_rows * d.image_cols;
+  constexpr std::size_t kAhead = 8;                         // rows of the image that are fetched early
+  const std::size_t image_rows = d.image_rows, image_cols = d.image_cols, pad_rows = d.pad_rows;
+  const std::size_t out_rows = d.out_rows, out_cols = d.out_cols;
+  const float* image = d.x + channel * image_rows * image_cols;
+  const DepthwiseEnd end(d);
   const V bias = Wide::Set(d.bias[channel]);
   V taps[kSize * kSize];
   VQONNX_UNROLL
   for (std::size_t i = 0; i < kSize * kSize; ++i) taps[i] = Wide::Set(d.taps[channel * kSize * kSize + i]);
-  for (std::size_t x = (d.out_cols - 1) / Wide::kLanes * Wide::kLanes;; x -= Wide::kLanes) {
+  for (std::size_t x = (out_cols - 1) / Wide::kLanes * Wide::kLanes;; x -= Wide::kLanes) {
     const TapRow<kSize, kStride> tap_row(d, x);
+    const float* from = image;  // the next row
+    float* out = d.out + channel * out_rows * out_cols + x;
     V sums[kSums];  // sums[i] takes the next row as its row i * kStride
     VQONNX_UNROLL
     for (std::size_t i = 0; i < kSums; ++i) sums[i] = bias;
-    for (std::size_t y = 0; y < d.out_rows + kSums - 1; ++y) {  // the output whose first row it is
+    for (std::size_t y = 0; y < out_rows + kSums - 1; ++y) {  // the output whose first row it is
       VQONNX_UNROLL
       for (std::size_t phase = 0; phase < kStride; ++phase) {
-        const std::size_t row = y * kStride + phase - d.pad_rows;
-        if (row < d.image_rows) {  // it wraps around before the image
+        if (y * kStride + phase - pad_rows < image_rows) {  // wraps around before the image
           V values[kSize];
-          tap_row.Load(image + row * d.image_cols, values);
+          tap_row.Load(from, values);
+          VQONNX_FETCH(from + x * kStride + kAhead * image_cols);
+          if (kStride == 2) VQONNX_FETCH(from + x * kStride + Wide::kLanes + kAhead * image_cols);
+          from += image_cols;
           VQONNX_UNROLL
           for (std::size_t i = 0; i < kSums; ++i) {
             const std::size_t tap = i * kStride + phase;
@@ -120,8 +129,8 @@ void SumDense(const Depthwise& d, std::size_t channel) {
           }
         }
         if (phase == (kSize - 1) % kStride && y + 1 >= kSums) {
-          const std::size_t at = channel * out_plane + (y + 1 - kSums) * d.out_cols + x;
-          StoreOutputs(d, sums[kSums - 1], at, d.out_cols - x, d.channels * out_plane - at);
+          end.Store(sums[kSums - 1], out, out_cols - x);
+          out += out_cols;
         }
       }
       VQONNX_UNROLL
@@ -137,6 +146,7 @@ void SumWindows(const Depthwise& d, std::size_t channel) {
   const std::size_t out_plane = d.out_rows * d.out_cols;
   const float* image = d.x + channel * d.image_rows * d.image_cols;
   const float* taps = d.taps + channel * d.kernel_rows * d.kernel_cols;
+  const DepthwiseEnd end(d);
   for (std::size_t y = 0; y < d.out_rows; ++y) {
     for (std::size_t x = 0; x < d.out_cols; x += Wide::kLanes) {
       auto sum = Wide::Set(d.bias[channel]);
@@ -149,8 +159,7 @@ void SumWindows(const Depthwise& d, std::size_t channel) {
               Wide::MulAdd(LoadTap(d, image + row * d.image_cols, first), Wide::Set(taps[i * d.kernel_cols + j]), sum);
         }
       }
-      const std::size_t at = channel * out_plane + y * d.out_cols + x;
-      StoreOutputs(d, sum, at, d.out_cols - x, d.channels * out_plane - at);
+      end.Store(sum, d.out + channel * out_plane + y * d.out_cols + x, d.out_cols - x);
     }
   }
 }

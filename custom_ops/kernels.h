@@ -9,12 +9,15 @@
 #include <cstdint>
 
 // In front of loops over registers, which must not be loops, and of functions that take or return many registers.
+// VQONNX_FETCH brings a cache line near that is needed soon, if there is such a line.
 #if defined(__GNUC__)
 #define VQONNX_UNROLL _Pragma("GCC unroll 32")
 #define VQONNX_INLINE inline __attribute__((always_inline))
+#define VQONNX_FETCH(p) __builtin_prefetch(p)
 #else
 #define VQONNX_UNROLL
 #define VQONNX_INLINE __forceinline
+#define VQONNX_FETCH(p) ((void)0)
 #endif
 
 namespace vqonnx {
