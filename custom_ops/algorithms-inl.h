@@ -3,4 +3,5 @@
 #include "kernels-inl.h"
 #include "tile-inl.h"
 #include "dot-inl.h"
+#include "depthwise-inl.h"
 // clang-format on

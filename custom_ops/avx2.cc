@@ -35,6 +35,15 @@ struct Wide {
     _mm256_store_ps(lanes, a);
     for (std::size_t i = 0; i < n; ++i) p[i] = lanes[i];
   }
+  using Range = __m256i;
+  static Range RangeOf(std::size_t begin, std::size_t end) { return _mm256_andnot_si256(First(begin), First(end)); }
+  static __m256 LoadRange(const float* p, Range range) { return _mm256_maskload_ps(p, range); }
+  static void SplitPairs(__m256 a, __m256 b, __m256* even, __m256* odd) {
+    const __m256d evens = _mm256_castps_pd(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(2, 0, 2, 0)));  // a b | a b
+    const __m256d odds = _mm256_castps_pd(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 3, 1)));
+    *even = _mm256_castpd_ps(_mm256_permute4x64_pd(evens, _MM_SHUFFLE(3, 1, 2, 0)));
+    *odd = _mm256_castpd_ps(_mm256_permute4x64_pd(odds, _MM_SHUFFLE(3, 1, 2, 0)));
+  }
 };
 using Middle = Wide;
 
@@ -112,8 +121,7 @@ const Kernels kAvx2 = {.name = "avx2",
                        .tile_count = kTileCount,
                        .tile_windows = TileWindows,
                        .tile_positions = TilePositions,
-                       .single_lanes = kSingleLanes,
-                       .tile_single = TileSingle,
+                       .depthwise = SumDepthwise,
                        .finish_rows = FinishRows,
                        .finish_columns = FinishColumns,
                        .finish_across = FinishAcross,

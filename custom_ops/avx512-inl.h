@@ -40,6 +40,14 @@ struct Wide {
   static __mmask16 First(std::size_t n) { return static_cast<__mmask16>((1U << n) - 1); }
   static __m512 LoadPart(const float* p, std::size_t n) { return _mm512_maskz_loadu_ps(First(n), p); }
   static void StorePart(float* p, std::size_t n, __m512 a) { _mm512_mask_storeu_ps(p, First(n), a); }
+  using Range = __mmask16;
+  static Range RangeOf(std::size_t begin, std::size_t end) { return static_cast<Range>((1U << end) - (1U << begin)); }
+  static __m512 LoadRange(const float* p, Range range) { return _mm512_maskz_loadu_ps(range, p); }
+  static void SplitPairs(__m512 a, __m512 b, __m512* even, __m512* odd) {
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    *even = _mm512_permutex2var_ps(a, evens, b);
+    *odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(evens, _mm512_set1_epi32(1)), b);
+  }
 };
 
 inline std::uint64_t LoadEight(const std::uint8_t* p) {

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <limits>
 
 #include "linear.h"
 #include "scratch.h"
@@ -14,20 +13,8 @@ namespace {
 using std::size_t;
 
 // Positions that share a decoded piece of the weight: enough to make the decoding cheap, few enough for their sums to
-// stay near.
+// stay near. All outputs of a block come one after the other, so that its part of the image stays near as well.
 constexpr size_t kBlockPositions = 1024;
-
-std::span<const std::int64_t> KernelSizes(const std::vector<std::int64_t>& shape) {
-  if (shape.size() != 3 && shape.size() != 4) {
-    throw Invalid("the weight is " + Text(shape) + "; it must have the axes of a 1-D or 2-D convolution");
-  }
-  constexpr size_t kMostTaps = size_t{1} << 20;
-  const auto sizes = std::span(shape).subspan(2);
-  const std::optional<size_t> taps =
-      Times(static_cast<size_t>(sizes.front()), sizes.size() == 2 ? static_cast<size_t>(sizes.back()) : 1);
-  if (!taps || *taps > kMostTaps) throw Invalid("a window of " + Text(sizes) + " is too large");
-  return sizes;
-}
 
 }  // namespace
 
@@ -42,27 +29,15 @@ Conv::Conv(const Inputs& inputs, std::span<const std::int64_t> perm, std::span<c
   }
   groups_ = static_cast<size_t>(group);
   channels_ = static_cast<size_t>(weight_.shape()[1]);
+  is_depthwise_ = channels_ == 1 && groups_ == weight_.outputs() &&
+                  std::is_sorted(weight_.column_axes().begin() + (weight_.column_axes()[0] == 1 ? 1 : 0),
+                                 weight_.column_axes().end() - (weight_.column_axes().back() == 1 ? 1 : 0));
   if (precision != Precision::kExact && groups_ == 1)
     PlanLookup(static_cast<const std::uint8_t*>(inputs.codes.data), precision);
 }
 
 std::vector<std::int64_t> Conv::OutputShape(std::span<const std::int64_t> image) const {
-  const size_t axes = weight_.shape().size();
-  if (image.size() != axes) throw Invalid("X is " + Text(image) + "; it must have " + Text(axes) + " axes");
-  if (image[0] < 0 || image[1] < 0 || static_cast<size_t>(image[1]) % groups_ != 0 ||
-      static_cast<size_t>(image[1]) / groups_ != channels_) {
-    throw Invalid("X is " + Text(image) + "; the weight wants " + Text(groups_) + " groups of " + Text(channels_) +
-                  " channels");
-  }
-  const Grid grid(window_, axes == 4 ? static_cast<size_t>(image[2]) : 1, static_cast<size_t>(image[axes - 1]));
-  std::vector<std::int64_t> shape = {image[0], weight_.shape()[0]};
-  if (axes == 4) shape.push_back(static_cast<std::int64_t>(grid.out_rows));
-  shape.push_back(static_cast<std::int64_t>(grid.out_cols));
-  const std::optional<size_t> floats = Times(grid.plane, channels_);
-  if (!floats || *floats > static_cast<size_t>(std::numeric_limits<std::int32_t>::max())) {
-    throw Invalid("X is " + Text(image) + ", too large for this kernel");
-  }
-  return shape;
+  return ConvOutputShape(window_, weight_.shape(), groups_, image);
 }
 
 // One image, all channels, laid out for the window.
@@ -113,13 +88,13 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
   const size_t images = static_cast<size_t>(shape[0]), channels = groups_ * channels_;
   const size_t image_rows = shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1;
   const size_t image_cols = static_cast<size_t>(shape.back());
-  const bool depthwise = weight_.outputs() == groups_;
+  if (is_depthwise_) return RunDepthwise(call, shape, grid, tasks);
   if (groups_ == 1 && image_rows * image_cols == 1 && grid.direct() && weight_.by_output()) {
     return RunOnePosition(call, images, tasks);
   }
   const bool positions = PrefersPositions(grid);
   const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
-  const bool direct = depthwise || (grid.direct() && (!positions || span >= kernels_->tile_lanes));
+  const bool direct = grid.direct() && (!positions || span >= kernels_->tile_lanes);
   const size_t laid = direct ? 0 : channels * grid.plane + kernels_->tile_lanes;
   Scratch scratch(Use::kRun, Scratch::Room<float>(weight_.dense_size()) + Scratch::Room<float>(laid) +
                                  Scratch::Room<std::int32_t>(weight_.depth()));
@@ -128,7 +103,6 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
   auto* at = scratch.Take<std::int32_t>(weight_.depth());
   if (images > 0 && weight_.dense_size() > 0) weight_.Expand(call.codes, tasks, dense);
   Columns(grid, at);
-  if (depthwise) return RunDepthwise(call, shape, grid, dense, at, tasks);
   for (size_t n = 0; n < images; ++n) {
     const float* x = call.x + n * channels * image_rows * image_cols;
     if (!direct) {
@@ -165,10 +139,10 @@ bool Conv::PrefersPositions(const Grid& grid) const {
   const double turn = 2.0 * static_cast<double>(lanes * 8) / 32;
   const double windows =
       static_cast<double>(Ceil(outputs, lanes)) *
-      (static_cast<double>(lines) * (steps(line) * depth + turn * static_cast<double>(Ceil(line, count)) * 4) +
+      (static_cast<double>(lines) * (steps(line) * depth + turn * static_cast<double>(Ceil(line, count)) * 8) +
        static_cast<double>(lanes) * 0.3 * depth);
   const double vectors = static_cast<double>(Ceil(span, lanes));
-  const double positions = vectors * (steps(outputs) * depth + 4 * static_cast<double>(outputs));
+  const double positions = vectors * (steps(outputs) * depth + 2 * static_cast<double>(outputs));
   return positions < windows;
 }
 
@@ -189,7 +163,7 @@ void Conv::RunWindows(const Call& call, const Image& image, const Tasks& tasks) 
   const size_t out_plane = grid.out_rows * grid.out_cols;
 
   tasks.Each(groups_ * panels * blocks, [&](size_t task) {
-    const size_t block = task % blocks, panel = task / blocks % panels, group = task / blocks / panels;
+    const size_t panel = task % panels, block = task / panels % blocks, group = task / panels / blocks;
     const Part tiles = PartOf(lines * line_tiles, blocks, block);
     const Part part = {panel * lanes, std::min(lanes, outputs - panel * lanes)};
     const size_t first = group * outputs + part.begin;
@@ -246,6 +220,7 @@ void Conv::RunPositions(const Call& call, const Image& image, const Tasks& tasks
   const size_t outputs = weight_.outputs() / groups_;
   const size_t strips = Ceil(outputs, kernels_->tile_count);
   const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
+  const bool whole = grid.cols == grid.out_cols;  // rows of outputs follow each other like their values
   const size_t tiles = Ceil(span, lanes);
   const size_t blocks = Ceil(tiles * lanes, kBlockPositions);
   const size_t most_tiles = Ceil(tiles, blocks);
@@ -254,7 +229,7 @@ void Conv::RunPositions(const Call& call, const Image& image, const Tasks& tasks
   const size_t out_plane = grid.out_rows * grid.out_cols;
 
   tasks.Each(groups_ * strips * blocks, [&](size_t task) {
-    const size_t block = task % blocks, strip = task / blocks % strips, group = task / blocks / strips;
+    const size_t strip = task % strips, block = task / strips % blocks, group = task / strips / blocks;
     const Part its_tiles = PartOf(tiles, blocks, block);
     const Part part = PartOf(outputs, strips, strip);
     const size_t first = group * outputs + part.begin;
@@ -281,32 +256,38 @@ void Conv::RunPositions(const Call& call, const Image& image, const Tasks& tasks
         const size_t skip = begin + lanes > span && span >= lanes ? begin + lanes - span : 0;
         const size_t position = begin - skip;
         float* its_sums = sums + (at_once ? 0 : t * tile_floats);
+        Finish finish = {.sums = its_sums,
+                         .pitch = lanes,
+                         .count = part.size,
+                         .lanes = std::min(lanes, span - begin),
+                         .out = call.out + out + begin,
+                         .addend = call.addend == nullptr ? nullptr : call.addend + out + begin,
+                         .stride = out_plane,
+                         .scales = nullptr,
+                         .bias = bias,
+                         .low = call.low,
+                         .high = call.high};
+        const bool is_last = col + cols == depth, at_end = is_last && whole && skip == 0;
         kernels_->tile_positions({.vectors = planes + position,
                                   .scalars = scalars,
                                   .at = image.at + col,
                                   .depth = cols,
                                   .count = part.size,
                                   .sums = its_sums,
-                                  .add = col > 0});
-        if (col + cols < depth) continue;
+                                  .add = col > 0,
+                                  .finish = at_end ? &finish : nullptr});
+        if (!is_last || at_end) continue;
         // Row by row of the output, leaving out what lies between, and what the tile before has written.
         for (size_t p = begin; p < std::min(begin + lanes, span);) {
           const size_t row = p / grid.cols, column = p % grid.cols;
-          const size_t end = std::min({begin + lanes, span, grid.cols == grid.out_cols ? span : (row + 1) * grid.cols});
+          const size_t end = std::min({begin + lanes, span, whole ? span : (row + 1) * grid.cols});
           if (column < grid.out_cols) {
-            const size_t wanted = grid.cols == grid.out_cols ? end - p : std::min(end - p, grid.out_cols - column);
             const size_t place = out + row * grid.out_cols + column;
-            kernels_->finish_rows({.sums = its_sums + (p - position),
-                                   .pitch = lanes,
-                                   .count = part.size,
-                                   .lanes = wanted,
-                                   .out = call.out + place,
-                                   .addend = call.addend == nullptr ? nullptr : call.addend + place,
-                                   .stride = out_plane,
-                                   .scales = nullptr,
-                                   .bias = bias,
-                                   .low = call.low,
-                                   .high = call.high});
+            finish.sums = its_sums + (p - position);
+            finish.lanes = whole ? end - p : std::min(end - p, grid.out_cols - column);
+            finish.out = call.out + place;
+            finish.addend = call.addend == nullptr ? nullptr : call.addend + place;
+            kernels_->finish_rows(finish);
           }
           p = end;
         }

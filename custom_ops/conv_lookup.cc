@@ -130,9 +130,10 @@ void Conv::RunLookup(const Call& call, std::span<const std::int64_t> shape, cons
   const size_t image_rows = shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1;
   const size_t image_cols = static_cast<size_t>(shape.back());
   const size_t padded = lookup.padded_outputs(), outputs = weight_.outputs();
-  // At least two bands where there are rows for it, so that two threads have something to do.
+  // At least two bands where there are rows for it, if there are two threads.
   const size_t bands =
-      std::min(grid.out_rows, std::max<size_t>(2, Ceil(grid.out_rows * grid.out_cols * padded, kBandFloats)));
+      std::min(grid.out_rows,
+               std::max<size_t>(tasks.Alone() ? 1 : 2, Ceil(grid.out_rows * grid.out_cols * padded, kBandFloats)));
   const size_t most_rows = Ceil(grid.out_rows, bands);
   const size_t sums_floats = (most_rows * grid.out_cols + 8) * padded;  // finish_across may read some rows more
   const size_t values = image_cols * lookup.chunk_values();

@@ -8,13 +8,14 @@
 #include <utility>
 #include <variant>
 
+#include "depthwise.h"
 #include "linear.h"
 #include "ort_node.h"
 
 namespace vqonnx {
 namespace {
 
-enum class Layer { kConv, kGemm, kMatMul };
+enum class Layer { kConv, kDepthwise, kGemm, kMatMul };
 enum class After { kNothing, kRelu, kClip, kAdd, kAddRelu };
 
 struct Kind {
@@ -23,16 +24,24 @@ struct Kind {
   After after;
 
   bool adds() const { return after == After::kAdd || after == After::kAddRelu; }
-  std::size_t inputs() const {
-    return kBias + (layer == Layer::kMatMul ? 0 : 1) + (after == After::kClip ? 2 : 0) + (adds() ? 1 : 0);
-  }
-  static constexpr std::size_t kX = 0, kCodes = 1, kCodebooks = 2, kScales = 3, kLayout = 4, kBias = 5, kNext = 6;
+  bool coded() const { return layer != Layer::kDepthwise; }
+  static constexpr std::size_t kX = 0, kWeight = 1, kCodes = 1, kCodebooks = 2, kScales = 3, kLayout = 4;
+  std::size_t bias() const { return coded() ? kLayout + 1 : kWeight + 1; }
+  std::size_t next() const { return bias() + (layer == Layer::kMatMul ? 0 : 1); }
+  std::size_t inputs() const { return next() + (after == After::kClip ? 2 : 0) + (adds() ? 1 : 0); }
 };
 
-constexpr Kind kKinds[] = {{"Conv", Layer::kConv, After::kNothing},        {"ConvRelu", Layer::kConv, After::kRelu},
-                           {"ConvClip", Layer::kConv, After::kClip},       {"ConvAdd", Layer::kConv, After::kAdd},
-                           {"ConvAddRelu", Layer::kConv, After::kAddRelu}, {"Gemm", Layer::kGemm, After::kNothing},
-                           {"GemmRelu", Layer::kGemm, After::kRelu},       {"MatMul", Layer::kMatMul, After::kNothing}};
+constexpr Kind kKinds[] = {{"Conv", Layer::kConv, After::kNothing},
+                           {"ConvRelu", Layer::kConv, After::kRelu},
+                           {"ConvClip", Layer::kConv, After::kClip},
+                           {"ConvAdd", Layer::kConv, After::kAdd},
+                           {"ConvAddRelu", Layer::kConv, After::kAddRelu},
+                           {"DepthwiseConv", Layer::kDepthwise, After::kNothing},
+                           {"DepthwiseConvRelu", Layer::kDepthwise, After::kRelu},
+                           {"DepthwiseConvClip", Layer::kDepthwise, After::kClip},
+                           {"Gemm", Layer::kGemm, After::kNothing},
+                           {"GemmRelu", Layer::kGemm, After::kRelu},
+                           {"MatMul", Layer::kMatMul, After::kNothing}};
 
 void CheckFloat32(const char* name, const Tensor& tensor) {
   if (tensor.type != Type::kFloat32) throw Invalid(std::string(name) + " is " + Text(tensor.type) + ", not float32");
@@ -60,38 +69,33 @@ std::size_t Count(std::span<const std::int64_t> dims) {
   return count;
 }
 
-// One node. Nothing in it changes after it is made, so concurrent runs need no lock.
+// One node. Nothing in it changes after it is made, but for a hint, so concurrent runs need no lock.
 class FusedKernel {
  public:
   FusedKernel(const OrtApi* api, const Kernels& kernels, const OrtKernelInfo* info, const Kind& kind, std::string who)
       : api_(api), who_(std::move(who)), kind_(kind) {
-    CheckCoding(api, info);
-    const Inputs inputs = {Constant(info, Kind::kCodes, "codes"), Constant(info, Kind::kCodebooks, "codebooks"),
-                           Constant(info, Kind::kScales, "scales"), Constant(info, Kind::kLayout, "layout")};
-    const std::vector<std::int64_t> perm = Perm(api, info);
-    const Precision precision = ChosenPrecision(api, info);
-    if (kind.layer == Layer::kConv) {
-      const auto ints = [&](const char* name) {
-        std::optional<std::vector<std::int64_t>> values = IntsAttribute(api, info, name);
-        if (!values) throw Invalid(std::string("the attribute ") + name + " is missing, or is no list of integers");
-        return *values;
-      };
-      layer_.emplace<Conv>(inputs, perm, ints("strides"), ints("dilations"), ints("pads"), Int(info, "group"),
-                           precision, kernels);
+    const auto ints = [&](const char* name) {
+      std::optional<std::vector<std::int64_t>> values = IntsAttribute(api, info, name);
+      if (!values) throw Invalid(std::string("the attribute ") + name + " is missing, or is no list of integers");
+      return *values;
+    };
+    if (kind.layer == Layer::kDepthwise) {
+      const Tensor weight = Constant(info, Kind::kWeight, "W");
+      CheckFloat32("W", weight);
+      layer_.emplace<DepthwiseConv>(weight.dims, ints("strides"), ints("dilations"), ints("pads"), Int(info, "group"),
+                                    kernels);
     } else {
-      const std::int64_t transposed = kind.layer == Layer::kGemm ? Int(info, "transB") : 0;
-      if (transposed != 0 && transposed != 1) throw Invalid("transB is " + Text(transposed) + "; it must be 0 or 1");
-      layer_.emplace<Matrix>(inputs, perm, transposed == 1, precision, kernels);
+      MakeCoded(info, kernels, ints);
     }
     outputs_ = std::visit([](const auto& layer) { return Outputs(layer); }, layer_);
     if (kind.layer != Layer::kMatMul) {
-      if (const std::optional<Tensor> bias = ConstantInput(api, info, Kind::kBias)) CheckBias(*bias);
+      if (const std::optional<Tensor> bias = ConstantInput(api, info, kind.bias())) CheckBias(*bias);
     }
     if (kind.layer == Layer::kMatMul) no_bias_.assign(outputs_, 0.0F);
     if (kind.after == After::kRelu || kind.after == After::kAddRelu) low_ = 0.0F;
     if (kind.after == After::kClip) {
-      low_ = Bound(info, Kind::kNext, "min");
-      high_ = Bound(info, Kind::kNext + 1, "max");
+      low_ = Bound(info, kind.next(), "min");
+      high_ = Bound(info, kind.next() + 1, "max");
     }
   }
 
@@ -100,7 +104,7 @@ class FusedKernel {
       const Tensor x = InputView(api_, context, Kind::kX);
       CheckFloat32("X", x);
       Call call = {.x = static_cast<const float*>(x.data),
-                   .codes = static_cast<const std::uint8_t*>(InputData(api_, context, Kind::kCodes)),
+                   .codes = nullptr,
                    .bias = no_bias_.data(),
                    .addend = nullptr,
                    .low = low_,
@@ -108,20 +112,24 @@ class FusedKernel {
                    .out = nullptr};
       Tensor bias;
       if (kind_.layer != Layer::kMatMul) {
-        bias = InputView(api_, context, Kind::kBias);
+        bias = InputView(api_, context, kind_.bias());
         CheckBias(bias);
         call.bias = static_cast<const float*>(bias.data);
       }
       const std::vector<std::int64_t> shape = OutputShape(x.dims);
       if (kind_.adds()) {
-        const Tensor addend = InputView(api_, context, Kind::kNext);
+        const Tensor addend = InputView(api_, context, kind_.next());
         CheckFloat32("Z", addend);
         if (addend.dims != shape) throw Invalid("Z is " + Text(addend.dims) + ", but the output " + Text(shape));
         call.addend = static_cast<const float*>(addend.data);
       }
       call.out = Output(api_, context, shape);
-      const NodeTasks tasks(api_, context);
-      if (const Conv* conv = std::get_if<Conv>(&layer_)) {
+      const NodeTasks tasks(api_, context, &unaided_);
+      const void* weight = InputData(api_, context, Kind::kWeight);
+      if (kind_.coded()) call.codes = static_cast<const std::uint8_t*>(weight);
+      if (const DepthwiseConv* depthwise = std::get_if<DepthwiseConv>(&layer_)) {
+        depthwise->Run(call, static_cast<const float*>(weight), x.dims, tasks);
+      } else if (const Conv* conv = std::get_if<Conv>(&layer_)) {
         conv->Run(call, x.dims, tasks);
       } else {
         const auto& matrix = std::get<Matrix>(layer_);
@@ -131,8 +139,27 @@ class FusedKernel {
   }
 
  private:
+  // The layer whose weight is in codes.
+  template <class ReadInts>
+  void MakeCoded(const OrtKernelInfo* info, const Kernels& kernels, const ReadInts& ints) {
+    CheckCoding(api_, info);
+    const Inputs inputs = {Constant(info, Kind::kCodes, "codes"), Constant(info, Kind::kCodebooks, "codebooks"),
+                           Constant(info, Kind::kScales, "scales"), Constant(info, Kind::kLayout, "layout")};
+    const std::vector<std::int64_t> perm = Perm(api_, info);
+    const Precision precision = ChosenPrecision(api_, info);
+    if (kind_.layer == Layer::kConv) {
+      layer_.emplace<Conv>(inputs, perm, ints("strides"), ints("dilations"), ints("pads"), Int(info, "group"),
+                           precision, kernels);
+      return;
+    }
+    const std::int64_t transposed = kind_.layer == Layer::kGemm ? Int(info, "transB") : 0;
+    if (transposed != 0 && transposed != 1) throw Invalid("transB is " + Text(transposed) + "; it must be 0 or 1");
+    layer_.emplace<Matrix>(inputs, perm, transposed == 1, precision, kernels);
+  }
+
   static std::size_t Outputs(const std::monostate&) { return 0; }
   static std::size_t Outputs(const Conv& layer) { return layer.outputs(); }
+  static std::size_t Outputs(const DepthwiseConv& layer) { return layer.outputs(); }
   static std::size_t Outputs(const Matrix& layer) { return layer.outputs(); }
 
   Tensor Constant(const OrtKernelInfo* info, std::size_t index, const char* name) const {
@@ -165,6 +192,7 @@ class FusedKernel {
 
   std::vector<std::int64_t> OutputShape(std::span<const std::int64_t> x) const {
     if (const Conv* conv = std::get_if<Conv>(&layer_)) return conv->OutputShape(x);
+    if (const DepthwiseConv* depthwise = std::get_if<DepthwiseConv>(&layer_)) return depthwise->OutputShape(x);
     const auto& matrix = std::get<Matrix>(layer_);
     const bool rank_fits = kind_.layer == Layer::kGemm ? x.size() == 2 : !x.empty();
     if (!rank_fits || static_cast<std::size_t>(x.back()) != matrix.inputs()) {
@@ -179,9 +207,10 @@ class FusedKernel {
   const OrtApi* api_;
   std::string who_;
   const Kind& kind_;
-  std::variant<std::monostate, Conv, Matrix> layer_;
+  std::variant<std::monostate, Conv, DepthwiseConv, Matrix> layer_;
   std::size_t outputs_ = 0;
   std::vector<float> no_bias_;  // for an operator that has none
+  mutable Unaided unaided_ = 0;
   float low_ = -std::numeric_limits<float>::infinity(), high_ = std::numeric_limits<float>::infinity();
 };
 
@@ -190,7 +219,8 @@ struct FusedOp : OrtCustomOp {
     version = kOrtApiVersion;
     GetName = [](const OrtCustomOp* op) { return Of(op).kind->name; };
     GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };  // the CPU's
-    GetInputType = [](const OrtCustomOp*, std::size_t index) {
+    GetInputType = [](const OrtCustomOp* op, std::size_t index) {
+      if (!Of(op).kind->coded()) return kFloat32;
       switch (index) {
         case Kind::kCodes:
           return kUint8;

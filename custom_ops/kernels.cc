@@ -29,6 +29,10 @@ struct Scalar {
   static float Min(float a, float b) { return a < b ? a : b; }
   static float LoadPart(const float* p, std::size_t) { return *p; }
   static void StorePart(float* p, std::size_t, float a) { *p = a; }
+  using Range = bool;
+  static Range RangeOf(std::size_t begin, std::size_t end) { return begin < end; }
+  static float LoadRange(const float* p, Range range) { return range ? *p : 0.0F; }
+  static void SplitPairs(float a, float b, float* even, float* odd) { *even = a, *odd = b; }
 };
 using Narrow = Scalar;
 using Middle = Scalar;
@@ -162,8 +166,7 @@ const Kernels kPortable = {.name = "portable",
                            .tile_count = kTileCount,
                            .tile_windows = TileWindows,
                            .tile_positions = TilePositions,
-                           .single_lanes = kSingleLanes,
-                           .tile_single = TileSingle,
+                           .depthwise = SumDepthwise,
                            .finish_rows = FinishRows,
                            .finish_columns = FinishColumns,
                            .finish_across = FinishAcross,

@@ -9,12 +9,15 @@
 #include <cstdint>
 
 // In front of loops over registers, which must not be loops, and of functions that take or return many registers.
+// VQONNX_FETCH brings a cache line near that is needed soon, if there is such a line.
 #if defined(__GNUC__)
 #define VQONNX_UNROLL _Pragma("GCC unroll 32")
 #define VQONNX_INLINE inline __attribute__((always_inline))
+#define VQONNX_FETCH(p) __builtin_prefetch(p)
 #else
 #define VQONNX_UNROLL
 #define VQONNX_INLINE __forceinline
+#define VQONNX_FETCH(p) ((void)0)
 #endif
 
 namespace vqonnx {
@@ -36,21 +39,6 @@ struct Coded {
   std::size_t books, words, width;
 };
 
-// Part of a product of matrices: `count` times `Kernels::tile_lanes` sums over `depth` columns.
-struct Tile {
-  const float* vectors;    // of each column tile_lanes values, which all sums of a row of the tile take
-  const float* scalars;    // of each column `count` values
-  const std::int32_t* at;  // of each column, where its vectors or scalars are
-  std::size_t depth;
-  std::size_t count;  // 1 to Kernels::tile_count
-  float* sums;        // [count][tile_lanes]
-  bool add;           // to what `sums` holds
-};
-
-// The distance of the rows of scalars in Kernels::tile_positions, in floats; they are at most kTileDepth long.
-constexpr std::size_t kTileDepth = 512;
-constexpr std::size_t kTilePitch = kTileDepth + 16;
-
 // What follows a product: + bias, + addend, then not below `low` and not above `high` (a NaN stays one).
 struct Finish {
   const float* sums;  // [count] rows, `pitch` apart
@@ -63,6 +51,39 @@ struct Finish {
   const float* scales;  // one for each i, or for each j; or null
   const float* bias;    // the same
   float low, high;
+};
+
+// Part of a product of matrices: `count` times `Kernels::tile_lanes` sums over `depth` columns.
+struct Tile {
+  const float* vectors;    // of each column tile_lanes values, which all sums of a row of the tile take
+  const float* scalars;    // of each column `count` values
+  const std::int32_t* at;  // of each column, where its vectors or scalars are
+  std::size_t depth;
+  std::size_t count;  // 1 to Kernels::tile_count
+  float* sums;        // [count][tile_lanes]
+  bool add;           // to what `sums` holds
+  // What follows the product; null: nothing, sums[i] are the sums. Only for tile_positions, without scales, and with
+  // at most tile_lanes lanes: then `sums` is not written, and finish->sums not read.
+  const Finish* finish = nullptr;
+};
+
+// The distance of the rows of scalars in Kernels::tile_positions, in floats; they are at most kTileDepth long.
+constexpr std::size_t kTileDepth = 512;
+constexpr std::size_t kTilePitch = kTileDepth + 16;
+
+// Some channels of a depthwise convolution of one image: channel c of `out` is
+//   min(high, max(low, bias[c] + taps of channel c times channel c of x, + addend))
+// Windows reach `pad_rows` before the image, and rows and columns outside of it are zeros.
+struct Depthwise {
+  const float* x;  // [channels][image_rows][image_cols]
+  std::size_t channels, image_rows, image_cols;
+  const float* taps;  // [channels][kernel_rows][kernel_cols]
+  std::size_t kernel_rows, kernel_cols, stride_rows, stride_cols, dilation_rows, dilation_cols, pad_rows, pad_cols;
+  const float* bias;    // [channels]
+  const float* addend;  // like `out`, or null
+  float low, high;
+  float* out;  // [channels][out_rows][out_cols]
+  std::size_t out_rows, out_cols;
 };
 
 // Products by table lookup. x is rounded to int16 in blocks of `pairs` pairs, like the words of the codebooks. A table
@@ -151,9 +172,7 @@ struct Kernels {
   std::size_t tile_lanes, tile_count;
   void (*tile_windows)(const Tile& tile);
   void (*tile_positions)(const Tile& tile);
-  // The same as `positions` for one row of single_lanes sums.
-  std::size_t single_lanes;
-  void (*tile_single)(const Tile& tile);
+  void (*depthwise)(const Depthwise& depthwise);
 
   // Out comes [i][j] with a bias for each i (`rows`) or each j (`columns`), or [j][i] with a bias for each j (`across`,
   // which may read rows of `sums` up to the next multiple of 8).

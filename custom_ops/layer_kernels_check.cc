@@ -34,8 +34,7 @@ void CheckTiles(const Kernels& kernels, unsigned seed) {
     bool windows;
   };
   const Form forms[] = {{"tile_windows", kernels.tile_windows, kernels.tile_lanes, kernels.tile_count, true},
-                        {"tile_positions", kernels.tile_positions, kernels.tile_lanes, kernels.tile_count, false},
-                        {"tile_single", kernels.tile_single, kernels.single_lanes, 1, false}};
+                        {"tile_positions", kernels.tile_positions, kernels.tile_lanes, kernels.tile_count, false}};
   for (const Form& form : forms) {
     const size_t depth = Pick(random, 1, 50), count = Pick(random, 1, form.most), shift = Pick(random, 0, 3);
     const size_t gathered = form.windows ? count : form.lanes;
@@ -197,6 +196,57 @@ void CheckForms(const Kernels& kernels, unsigned seed) {
   }
 }
 
+// Every output against the sum of its taps.
+void CheckDepthwise(const Kernels& kernels, unsigned seed) {
+  Random random(seed);
+  const bool usual = Pick(random, 0, 2) != 0;  // windows that have code of their own
+  const size_t size = usual ? 3 + 2 * Pick(random, 0, 1) : 0, stride = usual ? Pick(random, 1, 2) : 0;
+  const auto pick = [&](size_t its_usual, size_t most) { return usual ? its_usual : Pick(random, 1, most); };
+  Depthwise d = {};
+  d.channels = Pick(random, 1, 3);
+  d.kernel_rows = pick(size, 4), d.kernel_cols = pick(size, 4);
+  d.stride_rows = pick(stride, 3), d.stride_cols = pick(stride, 3);
+  d.dilation_rows = pick(1, 2), d.dilation_cols = pick(1, 2);
+  d.image_rows = Pick(random, 1, 12), d.image_cols = Pick(random, 1, Pick(random, 0, 2) ? 12 : 70);
+  d.pad_rows = Pick(random, 0, 5), d.pad_cols = Pick(random, 0, 5);
+  const size_t reach_rows = (d.kernel_rows - 1) * d.dilation_rows + 1,
+               reach_cols = (d.kernel_cols - 1) * d.dilation_cols + 1;
+  const size_t padded_rows = std::max(reach_rows, d.image_rows + d.pad_rows + Pick(random, 0, 5)),
+               padded_cols = std::max(reach_cols, d.image_cols + d.pad_cols + Pick(random, 0, 5));
+  d.out_rows = (padded_rows - reach_rows) / d.stride_rows + 1;
+  d.out_cols = (padded_cols - reach_cols) / d.stride_cols + 1;
+  const size_t image = d.image_rows * d.image_cols, out_plane = d.out_rows * d.out_cols;
+  const size_t taps_count = d.kernel_rows * d.kernel_cols;
+  // Not a value more than may be read.
+  const std::vector<float> x = Values(random, d.channels * image, false),
+                           taps = Values(random, d.channels * taps_count, false),
+                           bias = Values(random, d.channels, false),
+                           addend = Values(random, d.channels * out_plane, false);
+  const bool adds = Pick(random, 0, 3) == 0;
+  d.x = x.data(), d.taps = taps.data(), d.bias = bias.data(), d.addend = adds ? addend.data() : nullptr;
+  d.low = -1.0F, d.high = 2.0F;
+  Guarded out(d.channels * out_plane, seed % 5);
+  d.out = out.data();
+  kernels.depthwise(d);
+  if (!out.Intact()) return Fail(kernels, Named(seed), "depthwise writes beside its output");
+  for (size_t i = 0; i < d.channels * out_plane; ++i) {
+    const size_t channel = i / out_plane, row = i / d.out_cols % d.out_rows, col = i % d.out_cols;
+    double want = double{bias[channel]} + (adds ? addend[i] : 0.0F), scale = std::fabs(want);
+    for (size_t tap = 0; tap < taps_count; ++tap) {
+      const size_t y = row * d.stride_rows + tap / d.kernel_cols * d.dilation_rows - d.pad_rows;
+      const size_t z = col * d.stride_cols + tap % d.kernel_cols * d.dilation_cols - d.pad_cols;
+      if (y >= d.image_rows || z >= d.image_cols) continue;  // before the image they wrap around
+      const double product = double{taps[channel * taps_count + tap]} * x[channel * image + y * d.image_cols + z];
+      want += product;
+      scale += std::fabs(product);
+    }
+    want = std::min(std::max(want, double{d.low}), double{d.high});
+    if (!Close(out.data()[i], want, scale + 1.0)) {
+      return Fail(kernels, Named(seed), "depthwise differs at " + std::to_string(i));
+    }
+  }
+}
+
 // The integers must be the portable ones.
 void CheckTables(const Kernels& kernels, unsigned seed) {
   if (kernels.sum_tables == nullptr) return;
@@ -267,6 +317,7 @@ void CheckLayerKernels(const Kernels& kernels, unsigned seed) {
   CheckTiles(kernels, seed);
   CheckFinish(kernels, seed);
   CheckForms(kernels, seed);
+  CheckDepthwise(kernels, seed);
   CheckTables(kernels, seed);
 }
 

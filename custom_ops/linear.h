@@ -79,8 +79,7 @@ class Conv {
   void RunWindows(const Call& call, const Image& image, const Tasks& tasks) const;
   void RunPositions(const Call& call, const Image& image, const Tasks& tasks) const;
   void RunOnePosition(const Call& call, std::size_t images, const Tasks& tasks) const;
-  void RunDepthwise(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const float* dense,
-                    const std::int32_t* at, const Tasks& tasks) const;
+  void RunDepthwise(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
   bool PrefersPositions(const Grid& grid) const;
   void PlanLookup(const std::uint8_t* codes, Precision precision);
   void RunExact(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
@@ -95,6 +94,7 @@ class Conv {
   Weight weight_;
   Window window_;
   std::size_t groups_ = 1, channels_ = 0;  // channels of one group
+  bool is_depthwise_ = false;              // and its taps are in order
   std::optional<Lookup> lookup_;
   std::vector<std::array<std::size_t, 2>> tap_remainders_;  // of each tap class: those of its taps' rows and columns
   std::vector<std::array<std::size_t, 2>> set_steps_;  // of each set's tap: outputs that it lies behind the first tap

@@ -28,6 +28,20 @@ struct Wide {
     Store(lanes, a);
     for (std::size_t i = 0; i < n; ++i) p[i] = lanes[i];
   }
+  struct Range {
+    std::size_t begin, end;
+  };
+  static Range RangeOf(std::size_t begin, std::size_t end) { return {begin, end}; }
+  static float32x4_t LoadRange(const float* p, Range range) {
+    if (range.begin == 0 && range.end == kLanes) return Load(p);
+    float lanes[kLanes] = {};
+    for (std::size_t i = range.begin; i < range.end; ++i) lanes[i] = p[i];
+    return Load(lanes);
+  }
+  static void SplitPairs(float32x4_t a, float32x4_t b, float32x4_t* even, float32x4_t* odd) {
+    *even = vuzp1q_f32(a, b);
+    *odd = vuzp2q_f32(a, b);
+  }
 };
 using Middle = Wide;
 using Narrow = Wide;
@@ -97,8 +111,7 @@ const Kernels kNeon = {.name = "neon",
                        .tile_count = kTileCount,
                        .tile_windows = TileWindows,
                        .tile_positions = TilePositions,
-                       .single_lanes = kSingleLanes,
-                       .tile_single = TileSingle,
+                       .depthwise = SumDepthwise,
                        .finish_rows = FinishRows,
                        .finish_columns = FinishColumns,
                        .finish_across = FinishAcross,

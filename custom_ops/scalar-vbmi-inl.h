@@ -26,9 +26,9 @@ inline __m512i WindowBytes(std::size_t bits) {
   return _mm512_add_epi8(start, _mm512_set1_epi64(0x0706050403020100LL));
 }
 
-// 64 codes of up to 8 bits from a bit string of which at least 8 * bits bytes may be read.
-inline __m512i Unpack64(const std::uint8_t* packed, std::size_t bits, __m512i windows, __m512i shifts, __m512i mask) {
-  const __mmask64 readable = bits == 8 ? ~__mmask64{0} : (__mmask64{1} << (8 * bits)) - 1;
+// 64 codes of up to 8 bits from a bit string of which `bytes` bytes may be read; zeros beyond them.
+inline __m512i Unpack64(const std::uint8_t* packed, std::size_t bytes, __m512i windows, __m512i shifts, __m512i mask) {
+  const __mmask64 readable = bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1;
   const __m512i all = _mm512_maskz_loadu_epi8(readable, packed);
   const __m512i spread = _mm512_maskz_permutexvar_epi8(~__mmask64{0}, windows, all);
   return _mm512_and_si512(_mm512_maskz_multishift_epi64_epi8(~__mmask64{0}, shifts, spread), mask);
@@ -75,6 +75,8 @@ struct Plane {
   }
 };
 
+constexpr std::size_t kAhead = 2048;  // bytes
+
 template <std::size_t kQuarters>
 void DecodeScalarCodesOf(const Coded& m, const std::uint8_t* packed, std::size_t bytes, std::size_t cols, float scale,
                          float* out) {
@@ -93,16 +95,13 @@ void DecodeScalarCodesOf(const Coded& m, const std::uint8_t* packed, std::size_t
                                            (6 * b) << 48 | (7 * b) << 56);
   const __m512i order = _mm512_load_si512(kLaneOrder.bytes);
   const __m512 factor = Wide::Set(scale);
+  // The codes of a later row, of which usually the same part is wanted: they may come from memory.
+  const std::size_t ahead = (kAhead / m.row_bytes + 1) * m.row_bytes;
   for (std::size_t col = 0; col < cols;
        col += 64, packed += 8 * m.bits, bytes -= bytes < 8 * m.bits ? bytes : 8 * m.bits) {
-    alignas(64) std::uint8_t rest[64] = {};
-    const std::uint8_t* from = packed;
-    if (bytes < 8 * m.bits) {
-      for (std::size_t i = 0; i < bytes; ++i) rest[i] = packed[i];
-      from = rest;
-    }
+    _mm_prefetch(reinterpret_cast<const char*>(packed + ahead), _MM_HINT_T0);
     const __m512i codes =
-        _mm512_maskz_permutexvar_epi8(~__mmask64{0}, order, Unpack64(from, m.bits, windows, shifts, mask));
+        _mm512_maskz_permutexvar_epi8(~__mmask64{0}, order, Unpack64(packed, bytes, windows, shifts, mask));
     const __mmask64 upper = _mm512_movepi8_mask(codes);
     const __m512i p0 = planes[0].At(codes, upper), p1 = planes[1].At(codes, upper);
     const __m512i p2 = planes[2].At(codes, upper), p3 = planes[3].At(codes, upper);

@@ -13,6 +13,29 @@ namespace {
 constexpr std::size_t kTileLanes = kTileVectors * Wide::kLanes;
 static_assert(kTileCount * kTileLanes <= kMaxTileFloats);
 
+// Sums that are in registers, to rows of the output.
+template <std::size_t kCount, std::size_t kVectors>
+VQONNX_INLINE void FinishTile(const Finish& f, decltype(Wide::Set(0.0F)) (&sums)[kCount][kVectors]) {
+  const auto low = Wide::Set(f.low), high = Wide::Set(f.high);
+  VQONNX_UNROLL
+  for (std::size_t i = 0; i < kCount; ++i) {
+    const auto bias = Wide::Set(f.bias[i]);
+    VQONNX_UNROLL
+    for (std::size_t j = 0; j < kVectors; ++j) {
+      const std::size_t at = i * f.stride + j * Wide::kLanes;
+      auto value = Wide::Add(sums[i][j], bias);
+      if (f.lanes >= (j + 1) * Wide::kLanes) {
+        if (f.addend != nullptr) value = Wide::Add(value, Wide::Load(f.addend + at));
+        Wide::Store(f.out + at, Wide::Min(high, Wide::Max(low, value)));
+      } else if (f.lanes > j * Wide::kLanes) {
+        const std::size_t rest = f.lanes - j * Wide::kLanes;
+        if (f.addend != nullptr) value = Wide::Add(value, Wide::LoadPart(f.addend + at, rest));
+        Wide::StorePart(f.out + at, rest, Wide::Min(high, Wide::Max(low, value)));
+      }
+    }
+  }
+}
+
 // One load for each scalar and vector, and kCount * kVectors multiplications: as long as all sums stay in registers,
 // the multiplications are what it costs.
 template <bool kWindows, std::size_t kVectors, std::size_t kCount>
@@ -39,6 +62,9 @@ void MultiplyTile(const Tile& tile) {
       for (std::size_t j = 0; j < kVectors; ++j) sums[i][j] = Wide::MulAdd(vector[j], scalar, sums[i][j]);
     }
   }
+  if constexpr (!kWindows) {
+    if (tile.finish != nullptr) return FinishTile<kCount, kVectors>(*tile.finish, sums);
+  }
   VQONNX_UNROLL
   for (std::size_t i = 0; i < kCount; ++i) {
     VQONNX_UNROLL
@@ -58,10 +84,6 @@ void ChooseTile(const Tile& tile) {
 
 void TileWindows(const Tile& tile) { ChooseTile<true, kTileCount>(tile); }
 void TilePositions(const Tile& tile) { ChooseTile<false, kTileCount>(tile); }
-
-constexpr std::size_t kSingleVectors = 8;  // enough sums for none to wait for itself
-constexpr std::size_t kSingleLanes = kSingleVectors * Wide::kLanes;
-void TileSingle(const Tile& tile) { MultiplyTile<false, kSingleVectors, 1>(tile); }
 
 // Blocks [0, blocks) of one stage for one vector of rows; `codes` of the rows are `stride` apart.
 template <bool kFirst, bool kLast, std::size_t kWidth, class Code>

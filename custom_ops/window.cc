@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
+#include <optional>
 #include <string>
 
 namespace vqonnx {
@@ -24,6 +26,18 @@ void CheckValues(const char* name, std::span<const std::int64_t> values, size_t 
 }
 
 }  // namespace
+
+std::span<const std::int64_t> KernelSizes(const std::vector<std::int64_t>& weight) {
+  if (weight.size() != 3 && weight.size() != 4) {
+    throw Invalid("the weight is " + Text(weight) + "; it must have the axes of a 1-D or 2-D convolution");
+  }
+  constexpr size_t kMostTaps = size_t{1} << 20;
+  const auto sizes = std::span(weight).subspan(2);
+  const std::optional<size_t> taps =
+      Times(static_cast<size_t>(sizes.front()), sizes.size() == 2 ? static_cast<size_t>(sizes.back()) : 1);
+  if (!taps || *taps > kMostTaps) throw Invalid("a window of " + Text(sizes) + " is too large");
+  return sizes;
+}
 
 Window::Window(std::span<const std::int64_t> sizes, std::span<const std::int64_t> strides,
                std::span<const std::int64_t> dilations, std::span<const std::int64_t> pads) {
@@ -119,6 +133,26 @@ void Grid::Lay(const float* image, float* out) const {
       }
     }
   }
+}
+
+std::vector<std::int64_t> ConvOutputShape(const Window& window, const std::vector<std::int64_t>& weight, size_t groups,
+                                          std::span<const std::int64_t> image) {
+  const size_t axes = weight.size(), channels = static_cast<size_t>(weight[1]);
+  if (image.size() != axes) throw Invalid("X is " + Text(image) + "; it must have " + Text(axes) + " axes");
+  if (image[0] < 0 || image[1] < 0 || static_cast<size_t>(image[1]) % groups != 0 ||
+      static_cast<size_t>(image[1]) / groups != channels) {
+    throw Invalid("X is " + Text(image) + "; the weight wants " + Text(groups) + " groups of " + Text(channels) +
+                  " channels");
+  }
+  const Grid grid(window, axes == 4 ? static_cast<size_t>(image[2]) : 1, static_cast<size_t>(image[axes - 1]));
+  std::vector<std::int64_t> shape = {image[0], weight[0]};
+  if (axes == 4) shape.push_back(static_cast<std::int64_t>(grid.out_rows));
+  shape.push_back(static_cast<std::int64_t>(grid.out_cols));
+  const std::optional<size_t> floats = Times(grid.plane, channels);
+  if (!floats || *floats > static_cast<size_t>(std::numeric_limits<std::int32_t>::max())) {
+    throw Invalid("X is " + Text(image) + ", too large for this kernel");
+  }
+  return shape;
 }
 
 }  // namespace vqonnx

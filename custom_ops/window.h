@@ -13,6 +13,9 @@
 
 namespace vqonnx {
 
+// The sizes of the kernel of a weight [outputs, channels, kernel..] with one or two axes. Throws Invalid.
+std::span<const std::int64_t> KernelSizes(const std::vector<std::int64_t>& weight);
+
 // Along rows, then along columns; a 1-D convolution is one of a single row.
 struct Window {
   std::array<std::size_t, 2> kernel = {1, 1}, stride = {1, 1}, dilation = {1, 1}, begin = {0, 0}, end = {0, 0};
@@ -51,6 +54,10 @@ class Grid {
   std::vector<Phase> phases_;
   bool direct_;
 };
+
+// Of a convolution with such a weight. Throws Invalid where an image [n, channels, size..] does not suit it.
+std::vector<std::int64_t> ConvOutputShape(const Window& window, const std::vector<std::int64_t>& weight,
+                                          std::size_t groups, std::span<const std::int64_t> image);
 
 }  // namespace vqonnx
 

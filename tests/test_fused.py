@@ -23,6 +23,7 @@ from vqonnx.runtime import open_session, run
 CONV = "Conv <pads = [1, 1, 1, 1], kernel_shape = [3, 3]>"
 ONE, TWO = "(float[N, 4, 5, 5] x)", "(float[N, 4, 5, 5] x, float[N, 6, 5, 5] z)"
 IMAGE = "(float[N, 6, H, W] y)"
+F32 = np.float32
 GRAPHS = {
     "Conv": f"{ONE} => {IMAGE} {{ [c] y = {CONV} (x, w) }}",
     "ConvRelu": f"{ONE} => {IMAGE} {{ [c] a = {CONV} (x, w, b)  y = Relu (a) }}",
@@ -56,8 +57,36 @@ def optimised(model: bytes, folder: Path, *, library: bool = False) -> Counter[t
     return Counter((node.domain, node.op_type) for node in graph.node)
 
 
+# What follows a layer ``w`` that is fused.
+DEPTHWISE = {
+    "DepthwiseConv": "y = Conv <group = 6, strides = [2, 2]> (a, v)",
+    "DepthwiseConvRelu": "d = Conv <group = 6, pads = [1, 1, 1, 1]> (a, v, b)  y = Relu (d)",
+    "DepthwiseConvClip": "d = Conv <group = 6, kernel_shape = [3, 3]> (a, v, b)  y = Clip (d, low, top)",
+}
+
+
 def test_every_op_has_a_graph_here() -> None:
-    assert set(GRAPHS) == set(FUSED)
+    assert set(GRAPHS) | set(DEPTHWISE) == set(FUSED)
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("op", DEPTHWISE)
+def test_depthwise_bodies(op: str, opset: int, tmp_path: Path) -> None:
+    opset = max(opset, 11) if op == "DepthwiseConvClip" else opset
+    arrays = {"v": numbers((6, 1, 3, 3), 5), "b": numbers((6,), 2), "low": F32(-1), "top": F32(2)}
+    text = f"{ONE} => {IMAGE} {{ a = {CONV} (x, w)  {DEPTHWISE[op]} }}"
+    arrays = {name: np.asarray(value) for name, value in arrays.items() if f", {name}" in DEPTHWISE[op]}
+    model = parse(text, opset=opset, w=numbers((6, 4, 3, 3), 1), **arrays)
+    original, feed = model.SerializeToString(), {"x": numbers((2, 4, 5, 5), 3)}
+    wanted = run(open_session(original), feed)["y"]
+    assert fuse_layers(rewrite(model, "hybrid"), Path()) == {"w": "Conv", "v": op}
+    onnx.checker.check_model(model, full_check=True)
+    fused = model.SerializeToString()
+    for library in (False, True):
+        np.testing.assert_array_equal(run(open_session(fused, library=library), feed)["y"], wanted)
+    assert optimised(fused, tmp_path) == optimised(original, tmp_path)
+    assert optimised(fused, tmp_path, library=True) == {("vqonnx", "Conv"): 1, ("vqonnx", op): 1}
+    np.testing.assert_array_equal(ReferenceEvaluator(model).run(None, feed)[0], wanted)
 
 
 @pytest.mark.parametrize("opset", OPSETS)

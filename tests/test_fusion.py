@@ -71,7 +71,7 @@ def same_outputs(model: ModelProto, **feed: Array) -> None:
 
 IMAGE = "(float[N, 4, 6, 6] x) => (float[N, C, H, W] y)"
 W, B = numbers((4, 4, 3, 3), 1), numbers((4,), 2)
-SAME = "<pads = [1, 1, 1, 1]>"
+SAME, DEEP = "<pads = [1, 1, 1, 1]>", "<group = 4, pads = [1, 1, 1, 1]>"
 
 # What is fused: the graph, the ops by weight.
 FUSES: dict[str, tuple[str, dict[str, str]]] = {
@@ -123,6 +123,45 @@ FUSES: dict[str, tuple[str, dict[str, str]]] = {
     "a bias that is computed": (f"{IMAGE} {{ n = Neg (b)  y = Conv {SAME} (x, w, n) }}", {"w": "Conv"}),
     "a bias that is not given": (f'{IMAGE} {{ y = Conv {SAME} (x, w, "") }}', {"w": "Conv"}),
     "groups": (f"{IMAGE} {{ y = Conv <group = 2, dilations = [2, 1]> (x, grouped) }}", {"grouped": "Conv"}),
+    "depthwise": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w, b)  d = Conv {DEEP} (a, dw, b)  y = Relu (d) }}",
+        {"w": "Conv", "dw": "DepthwiseConvRelu"},
+    ),
+    "depthwise between clips": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w)  r = Clip (a, low, top)  d = Conv {DEEP} (r, dw)  y = Clip (d, low) }}",
+        {"w": "ConvClip", "dw": "DepthwiseConvClip"},
+    ),
+    "depthwise behind what is computed from a layer": (
+        f"""{IMAGE} {{ a = Conv {SAME} (x, w)  r = Abs (a)  s = Mul (r, channel)
+            p = MaxPool <kernel_shape = [2, 2]> (s)  d = Conv <group = 4, strides = [2, 2]> (p, dw)
+            f = Conv {DEEP} (d, dv)  y = Neg (f) }}""",
+        {"w": "Conv", "dw": "DepthwiseConv", "dv": "DepthwiseConv"},
+    ),
+    "depthwise with a sum": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w)  d = Conv {DEEP} (a, dw)  y = Add (d, x) }}",
+        {"w": "Conv", "dw": "DepthwiseConv"},
+    ),
+    "depthwise with a weight that two read": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w)  d = Conv {DEEP} (a, dw)  f = Conv {DEEP} (d, dw)  y = Relu (f) }}",
+        {"w": "Conv", "dw": "DepthwiseConvRelu"},
+    ),
+    "depthwise in front": (f"{IMAGE} {{ d = Conv {DEEP} (x, dw)  y = Conv {SAME} (d, w) }}", {"w": "Conv"}),
+    "depthwise beside": (
+        f"{IMAGE} {{ d = Conv {DEEP} (x, dw)  a = Conv {SAME} (x, w)  y = Add (a, d) }}",
+        {"w": "ConvAdd"},
+    ),
+    "depthwise with a weight that is computed": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w)  n = Neg (dw)  y = Conv {DEEP} (a, n) }}",
+        {"w": "Conv"},
+    ),
+    "depthwise with normalisation": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w)  d = Conv {DEEP} (a, dw)  y = BatchNormalization (d, b, b, b, one_each) }}",
+        {"w": "Conv"},
+    ),
+    "depthwise, two outputs a channel": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w)  d = Conv {DEEP} (a, wide)  y = Conv (d, from_wide) }}",
+        {"w": "Conv", "from_wide": "Conv"},
+    ),
     "a weight that two read": (f"{IMAGE} {{ a = Conv {SAME} (x, w)  y = Conv {SAME} (a, w) }}", {}),
     "transposed": (f"{IMAGE} {{ y = ConvTranspose (x, w) }}", {}),
     "one axis": (
@@ -171,6 +210,11 @@ ARRAYS: dict[str, Array] = {
     "matrix": numbers((2, 8), 10),
     "stack": numbers((2, 6, 4), 11),
     "channel": numbers((4, 1, 1), 12),
+    "dw": numbers((4, 1, 3, 3), 13),
+    "dv": numbers((4, 1, 3, 3), 14),
+    "wide": numbers((8, 1, 3, 3), 15),
+    "from_wide": numbers((2, 8, 1, 1), 16),
+    "one_each": np.ones(4, np.float32),
     "low": np.array(-1, np.float32),
     "lows": np.array([-1], np.float32),
     "top": np.array(2, np.float32),

@@ -1,5 +1,8 @@
 """The fused ops: a layer that reads its weight as codes, with what follows it, and their bodies as ONNX functions.
 
+Depthwise convolutions have hardly any weights and keep them as they are; their ops are there so that between layers of
+other ops nothing changes the order of values in memory, as onnxruntime's own convolutions do.
+
 A body calls ``vqonnx.Decode`` and then the standard operators, so that onnxruntime without the library makes the same
 graph of a fused file as of the original. ``docs/format.md`` gives inputs and attributes; `fusion.py` puts the ops in.
 """
@@ -35,12 +38,22 @@ class FusedOp:
     """A layer and the operators after it that are computed with it.
 
     Attributes:
-        layer: ``Conv``, ``Gemm`` or ``MatMul``.
+        layer: ``Conv``, ``Gemm`` or ``MatMul``; ``DepthwiseConv`` has its weight as it is, not as codes.
         tail: What follows, first to last.
     """
 
     layer: str
     tail: tuple[str, ...] = ()
+
+    @property
+    def coded(self) -> bool:
+        """Whether the weight is a Decode."""
+        return self.layer != _DEPTHWISE
+
+    @property
+    def operator(self) -> str:
+        """The standard operator that computes the layer."""
+        return self.layer if self.coded else "Conv"
 
     @property
     def name(self) -> str:
@@ -50,20 +63,20 @@ class FusedOp:
     @property
     def inputs(self) -> list[str]:
         """Its inputs in order."""
-        bias = [] if self.layer == "MatMul" else ["B"]
-        return ["X", *CODED, *bias, *(name for step in self.tail for name in _FURTHER[step])]
+        weight, bias = CODED if self.coded else ("W",), [] if self.layer == "MatMul" else ["B"]
+        return ["X", *weight, *bias, *(name for step in self.tail for name in _FURTHER[step])]
 
     def function(self, opset: int) -> FunctionProto:
         """The body for a model at ``opset``."""
-        handed_on = HANDED_ON[self.layer]
-        # `coding` stays behind: onnx.reference looks for no defaults, and another coding would bring another body.
-        declared = ["perm", *handed_on, *_KEPT[self.layer], 'coding: string = "fixed"', 'precision: string = "auto"']
+        handed_on = HANDED_ON[self.operator]
+        declared = [*handed_on, *_KEPT[self.operator]]
         values = ", ".join(f"{name}: {kind} = @{name}" for name, kind in handed_on.items())
         layer_inputs = ["X", "W", *(["B"] if "B" in self.inputs else [])]
-        lines = [
-            f"W = {DOMAIN}.Decode <perm: ints = @perm> ({', '.join(CODED)})",
-            f"Y = {self.layer} {f'<{values}>' if values else ''} ({', '.join(layer_inputs)})",
-        ]
+        lines = [f"Y = {self.operator} {f'<{values}>' if values else ''} ({', '.join(layer_inputs)})"]
+        if self.coded:
+            # `coding` stays behind: onnx.reference looks for no defaults, and another coding would bring another body.
+            declared = ["perm", *declared, 'coding: string = "fixed"', 'precision: string = "auto"']
+            lines.insert(0, f"W = {DOMAIN}.Decode <perm: ints = @perm> ({', '.join(CODED)})")
         for step in self.tail:
             before = f"before_{step}"
             lines[-1] = lines[-1].replace("Y = ", f"{before} = ", 1)
@@ -75,6 +88,7 @@ class FusedOp:
         )
 
 
+_DEPTHWISE = "DepthwiseConv"
 _ALL = (
     FusedOp("Conv"),
     FusedOp("Conv", ("Relu",)),
@@ -84,5 +98,8 @@ _ALL = (
     FusedOp("Gemm"),
     FusedOp("Gemm", ("Relu",)),
     FusedOp("MatMul"),
+    FusedOp(_DEPTHWISE),
+    FusedOp(_DEPTHWISE, ("Relu",)),
+    FusedOp(_DEPTHWISE, ("Clip",)),
 )
 FUSED = {op.name: op for op in _ALL}

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import AttributeProto, ModelProto, NodeProto, helper
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper
 
 from vqonnx.errors import OptionError
 from vqonnx.fused import CLIP_OPSET, FUSED, HANDED_ON, FusedOp
@@ -40,17 +40,17 @@ _Tail = tuple[tuple[NodeProto, ...], tuple[str, ...], dict[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A layer whose weight is one Decode.
+    """A layer whose weight is one Decode, or a depthwise convolution.
 
     Attributes:
-        decode: Yields the weight.
+        decode: Yields the weight; None if that is stored as it is.
         node: Reads it.
         missing: Attributes that the op needs and the node does not have.
         bias: Name of the bias; None where the op has none.
         origin: What the note must say of the bias.
     """
 
-    decode: NodeProto
+    decode: NodeProto | None
     node: NodeProto
     missing: dict[str, Any]
     bias: str | None
@@ -78,7 +78,13 @@ class _Group:
     @property
     def nodes(self) -> list[NodeProto]:
         """Decode, the layer, and what follows."""
-        return [self.layer.decode, self.layer.node, *self.tail]
+        return [*self.others[: self.op.coded], self.layer.node, *self.tail]
+
+    @property
+    def others(self) -> list[NodeProto]:
+        """The same without the layer."""
+        decode = self.layer.decode
+        return [*([] if decode is None else [decode]), *self.tail]
 
 
 def is_fused(asked: bool | None, target: Target) -> bool:
@@ -126,15 +132,14 @@ def fuse_layers(model: ModelProto, folder: Path) -> dict[str, str]:
 def _node(group: _Group, place: dict[int, int]) -> NodeProto:
     """The op's node, which keeps the name and texts of the layer."""
     layer, decode = group.layer, group.layer.decode
-    others = [decode, *group.tail]
-    names = tuple(node.name for node in others)
+    names = tuple(node.name for node in group.others)
     origin = Origin(
-        weight=decode.output[0],
+        weight="" if decode is None else decode.output[0],
         places=tuple(place[id(node)] for node in group.nodes),
-        values=tuple(node.output[0] for node in group.nodes[1:-1]),
+        values=tuple(node.output[0] for node in group.nodes[group.op.coded : -1]),
         names=names if any(names) else (),
         added=tuple(layer.missing),
-        texts=texts_of(others),
+        texts=texts_of(group.others),
         **group.origin,
     )
     node = NodeProto()
@@ -142,10 +147,11 @@ def _node(group: _Group, place: dict[int, int]) -> NodeProto:
     node.op_type, node.domain = group.op.name, DOMAIN
     del node.input[:], node.output[:]
     bias = [] if layer.bias is None else [layer.bias]
-    node.input.extend([layer.node.input[0], *decode.input, *bias, *group.further])
+    weight = layer.node.input[1:2] if decode is None else decode.input
+    node.input.extend([layer.node.input[0], *weight, *bias, *group.further])
     node.output.append(group.nodes[-1].output[0])
     node.attribute.extend(_attribute(name, value) for name, value in layer.missing.items())
-    node.attribute.extend(decode.attribute)
+    node.attribute.extend([] if decode is None else decode.attribute)
     node.metadata_props.add(key=KEY, value=origin.to_json())
     return node
 
@@ -176,7 +182,53 @@ class _Graph:
         """What can be fused, in order."""
         layers = {node.output[0]: layer for node in self.nodes if (layer := self._layer(node)) is not None}
         convs = {name for name, layer in layers.items() if layer.node.op_type == "Conv"}
+        if layers:
+            layers |= self._depthwise(set(layers))
         return [self._group(layer, convs) for layer in layers.values()]
+
+    def _depthwise(self, fused: set[str]) -> dict[str, _Layer]:
+        """Depthwise convolutions behind a layer that is fused, by name of the output."""
+        made = {name: node for node in self.nodes for name in node.output}
+        found: dict[str, _Layer] = {}
+        for node in self.nodes:
+            layer = self._depthwise_layer(node)
+            if layer is not None and self._is_behind(node, fused | set(found), made):
+                found[node.output[0]] = layer
+        return found
+
+    def _depthwise_layer(self, node: NodeProto) -> _Layer | None:
+        """A depthwise convolution whose weight is stored as it is, if it can be fused."""
+        if node.domain or node.op_type != "Conv" or len(node.input) < 2 or len(node.output) != 1:
+            return None
+        tensor = self._scope.initializers.get(node.input[1])
+        if tensor is None or node.input[1] not in self._fixed or tensor.data_type != TensorProto.FLOAT:
+            return None
+        shape = tuple(map(int, tensor.dims))
+        given = attributes(node)
+        if any(attribute.ref_attr_name for attribute in node.attribute) or len(shape) < 3 or min(shape) < 1:
+            return None
+        after = self._only_reader(node.output[0])
+        if after is not None and after.op_type == "BatchNormalization":
+            return None  # onnxruntime folds it into the weight
+        handed_on = conv_attributes(given, shape, lambda: self._shapes.get(node.input[0]))
+        if handed_on is None or shape[1] != 1 or shape[0] != handed_on["group"]:
+            return None
+        bias = self._bias(node, shape)
+        missing = {name: value for name, value in handed_on.items() if name not in given}
+        return None if bias is None else _Layer(None, node, missing, *bias)
+
+    def _is_behind(self, node: NodeProto, fused: set[str], made: dict[str, NodeProto]) -> bool:
+        """Whether a value that a fused layer makes reaches a node with no other layer in between."""
+        waiting, seen = [node.input[0]], set()
+        while waiting:
+            name = waiting.pop()
+            if name in fused:
+                return True
+            maker = made.get(name)
+            if maker is not None and name not in seen and maker.op_type not in HANDED_ON:
+                waiting.extend(maker.input)
+            seen.add(name)
+        return False
 
     @cached_property
     def _shapes(self) -> dict[str, Shape]:
@@ -221,7 +273,10 @@ class _Graph:
 
     def _group(self, layer: _Layer, convs: set[str]) -> _Group:
         tail, further, more = self._tail(layer.node, convs)
-        op = FusedOp(layer.node.op_type, tuple(node.op_type for node in tail))
+        kind = layer.node.op_type if layer.decode is not None else f"Depthwise{layer.node.op_type}"
+        op = FusedOp(kind, tuple(node.op_type for node in tail))
+        if op.name not in FUSED:
+            op, tail, further, more = FusedOp(kind), (), (), {}
         return _Group(layer, tail, op, {**layer.origin, **more}, further)
 
     def _bias(self, layer: NodeProto, weight: tuple[int, ...]) -> tuple[str | None, dict[str, Any]] | None:

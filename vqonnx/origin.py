@@ -21,7 +21,7 @@ class Origin:
     """The nodes that a fused node stands for: ``Decode``, the layer, and its tail.
 
     Attributes:
-        weight: Name of the weight that ``Decode`` yielded.
+        weight: Name of the weight that ``Decode`` yielded; empty if there was none.
         places: Positions of the nodes in the file that was fused.
         values: Names of the values between the layer and the end of the tail.
         names: Names of ``Decode`` and of the nodes of the tail, if one has any; the layer has that of the fused node.
@@ -33,8 +33,8 @@ class Origin:
         texts: ``doc_string`` and metadata of ``Decode`` and of the tail, a list for each; empty if there are none.
     """
 
-    weight: str
-    places: tuple[int, ...]
+    weight: str = ""
+    places: tuple[int, ...] = ()
     values: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
@@ -71,18 +71,19 @@ class Origin:
                 and count in (None, len(values))
             )
 
+        others = op.coded + len(op.tail)  # nodes besides the layer
         return (
             type(self.weight) is str
-            and self.weight != ""
-            and are(int, self.places, 2 + len(op.tail))
+            and (self.weight != "") == op.coded
+            and are(int, self.places, 1 + others)
             and are(str, self.values, len(op.tail))
             and all(self.values)
-            and (are(str, self.names, 1 + len(op.tail)) or self.names == ())
+            and (are(str, self.names, others) or self.names == ())
             and are(str, self.added)
             and (self.bias is None or are(str, self.bias))
             and (self.bias_shape is None or are(int, self.bias_shape))
             and (self.limits is None or are(str, self.limits))
-            and (are(list, self.texts, 1 + len(op.tail)) or self.texts == ())
+            and (are(list, self.texts, others) or self.texts == ())
         )
 
 
@@ -94,31 +95,36 @@ def texts_of(nodes: Sequence[NodeProto]) -> tuple[Any, ...]:
 
 def restore(node: NodeProto, op: FusedOp, origin: Origin) -> list[NodeProto]:
     """The nodes that a fused node stands for, in order: ``Decode``, the layer, and its tail."""
-    own = {attribute.name: attribute for attribute in node.attribute if attribute.name in _OWN}
-    decode = NodeProto(op_type="Decode", domain=DOMAIN, input=node.input[1 : 1 + len(CODED)], output=[origin.weight])
-    decode.attribute.extend(own[name] for name in ("perm", "coding") if name in own)
+    given = dict(zip(op.inputs, node.input, strict=True))
+    own = {attribute.name: attribute for attribute in node.attribute if attribute.name in _OWN and op.coded}
+    nodes: list[NodeProto] = []
+    if op.coded:
+        decode = NodeProto(op_type="Decode", domain=DOMAIN, input=[given[name] for name in CODED])
+        decode.output.append(origin.weight)
+        decode.attribute.extend(own[name] for name in ("perm", "coding") if name in own)
+        nodes.append(decode)
 
     layer = NodeProto()
     layer.CopyFrom(node)
-    layer.op_type = op.layer
+    layer.op_type = op.operator
     layer.ClearField("domain")
     del layer.input[:], layer.output[:], layer.attribute[:], layer.metadata_props[:]
-    bias = origin.bias if origin.bias is not None else node.input[5:6] if "B" in op.inputs else []
-    layer.input.extend([node.input[0], origin.weight, *bias])
+    bias = origin.bias if origin.bias is not None else [given["B"]] if "B" in given else []
+    layer.input.extend([given["X"], origin.weight if op.coded else given["W"], *bias])
     layer.attribute.extend(a for a in node.attribute if a.name not in (*own, *origin.added))
     layer.metadata_props.extend(entry for entry in node.metadata_props if entry.key != KEY)
 
-    nodes = [decode, layer]
+    nodes.append(layer)
     outputs = [*origin.values, node.output[0]]
     layer.output.append(outputs[0])
     for number, step in enumerate(op.tail):
         inputs = [outputs[number]]
         if step == "Add":
-            inputs.insert(0 if origin.swapped else 1, node.input[6])
+            inputs.insert(0 if origin.swapped else 1, given["Z"])
         elif step == "Clip":
-            inputs += node.input[6:8] if origin.limits is None else origin.limits
+            inputs += [given["min"], given["max"]] if origin.limits is None else origin.limits
         nodes.append(NodeProto(op_type=step, input=inputs, output=[outputs[number + 1]]))
-    others = [decode, *nodes[2:]]
+    others = [other for other in nodes if other is not layer]
     for other, name in zip(others, origin.names, strict=False):
         if name:
             other.name = name

@@ -51,9 +51,10 @@ def split_layers(model: ModelProto, folder: Path = Path()) -> dict[str, str]:
             continue
         origin = _origin(node, op, taken, writer)
         parts[id(node)], places[id(node)] = restore(node, op, origin), origin.places
-        names[origin.weight] = op.name
+        names[origin.weight or node.input[1]] = op.name
         if origin.bias and origin.bias_shape is not None and origin.bias[0] not in constants:
-            biases[origin.bias[0]] = _own_bias(constants.get(node.input[5]), origin.bias[0], origin.bias_shape, folder)
+            own = constants.get(node.input[op.inputs.index("B")])
+            biases[origin.bias[0]] = _own_bias(own, origin.bias[0], origin.bias_shape, folder)
     set_nodes(model.graph, _in_order(nodes, parts, places))
     model.graph.initializer.extend(biases.values())
     unused = before - {name for node in model.graph.node for name in node_reads(node)}
@@ -80,9 +81,9 @@ def _origin(node: NodeProto, op: FusedOp, taken: set[str], writer: Writer) -> Or
             f"{_label(node)} has {len(node.input)} inputs instead of {len(op.inputs)}; the file is damaged"
         )
     origin = Origin.of(node, op)
-    names = () if origin is None else (origin.weight, *origin.values)
+    names = () if origin is None else (*([origin.weight] if op.coded else []), *origin.values)
     if origin is None or len(set(names)) < len(names) or taken.intersection(names):
-        return Origin(writer.name(), (), tuple(writer.name() for _ in op.tail))
+        return Origin(writer.name() if op.coded else "", (), tuple(writer.name() for _ in op.tail))
     taken.update(names)
     return origin
 

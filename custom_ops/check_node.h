@@ -1,0 +1,76 @@
+// What the checks of whole layers share: tasks in some order, and nodes with random codes.
+#ifndef VQONNX_CHECK_NODE_H_
+#define VQONNX_CHECK_NODE_H_
+
+#include <algorithm>
+#include <initializer_list>
+#include <numeric>
+#include <vector>
+
+#include "check.h"
+#include "linear.h"
+
+namespace vqonnx::check {
+
+using Dims = std::vector<std::int64_t>;
+
+// Every task, in some order.
+class Shuffled : public Tasks {
+ public:
+  explicit Shuffled(unsigned seed) : seed_(seed) {}
+  void Run(size_t count, void (*task)(void*, size_t), void* data) const override {
+    std::vector<size_t> order(count);
+    std::iota(order.begin(), order.end(), size_t{0});
+    Random random(seed_);
+    std::shuffle(order.begin(), order.end(), random);
+    for (const size_t index : order) task(data, index);
+  }
+  bool Alone() const override { return seed_ % 2 != 0; }
+
+ private:
+  unsigned seed_;
+};
+
+struct Node {
+  Sample sample;
+  Dims layout, perm;
+  Dims strides, dilations, pads;
+  std::int64_t group = 1;
+
+  Inputs View() const {
+    const auto dims = [](std::initializer_list<size_t> list) { return Dims(list.begin(), list.end()); };
+    return {.codes = {sample.View().codes, Type::kUint8, dims({sample.stages, sample.rows, sample.RowBytes()})},
+            .codebooks = {sample.codebooks.data(), Type::kFloat32,
+                          dims({sample.stages, sample.books, sample.words, sample.width})},
+            .scales = {sample.scales.data(), Type::kFloat32, dims({sample.rows, 1})},
+            .layout = {layout.data(), Type::kInt64, dims({layout.size()})}};
+  }
+};
+
+// A layer with one codebook of 256 words.
+inline Node Usual(Random& random, size_t rows, size_t cols, size_t width, const Dims& sizes, const Dims& perm) {
+  Node node;
+  node.sample.seed = 1;
+  node.sample = {.stages = 1,
+                 .rows = rows,
+                 .groups = cols / width,
+                 .bits = 8,
+                 .books = 1,
+                 .words = 256,
+                 .width = width,
+                 .cols = cols,
+                 .seed = 1,
+                 .storage = {},
+                 .shift = 0,
+                 .codebooks = {},
+                 .scales = {}};
+  Fill(node.sample, random, false);
+  node.layout = {8, static_cast<std::int64_t>(cols)};
+  node.layout.insert(node.layout.end(), sizes.begin(), sizes.end());
+  node.perm = perm;
+  return node;
+}
+
+}  // namespace vqonnx::check
+
+#endif  // VQONNX_CHECK_NODE_H_
