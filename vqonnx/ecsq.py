@@ -13,15 +13,15 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from vqonnx.prefix import histogram, sum_classes
+from vqonnx.prefix import MOST_CLASS, TRIPLE, histogram, sum_classes
 from vqonnx.refine import Array, Target
 
 _SLOPE = 0.1155  # 2 ln 2 / 12: error saved by a bit, in units of step^2, where steps are small
 _DAMPING = 0.01
 _BLOCK = 64  # columns whose errors are fed back one by one; the rest follow in one matrix product
 _PER_OCTAVE = 2  # classes
-_UNIT = 6  # class of weights as large as the step
-_MOST_CLASS = 40
+_UNIT = 10  # class of weights as large as the step
+_LOWEST = 6  # classes that columns may be below the middle one
 _LEAST = 96  # weights of a class
 _FITS = 4
 LARGEST = 127
@@ -36,9 +36,9 @@ class Quantised:
     Attributes:
         levels: int64 ``[rows, cols]``.
         row_classes: uint8, one for each ``row_span`` rows; with `col_classes` they tell how large the weights are.
-        col_classes: uint8, one for each ``col_span`` columns.
+        col_classes: uint8, one for each ``col_span`` triples of columns.
         row_span: Rows of a class.
-        col_span: Columns of a class.
+        col_span: Triples of a class.
     """
 
     levels: Levels
@@ -49,8 +49,9 @@ class Quantised:
 
     @property
     def classes(self) -> Levels:
-        """``[rows, cols]``."""
-        shape = (self.levels.shape[0], self.levels.shape[1])
+        """``[rows, triples]``."""
+        rows, cols = self.levels.shape
+        shape = (rows, -(-cols // TRIPLE))
         return sum_classes(shape, self.row_classes, self.col_classes, self.row_span, self.col_span)
 
 
@@ -64,28 +65,30 @@ def quantise(target: Target, step: float, taps: int, *, sweeps: int = 1) -> Quan
         sweeps: Of coordinate descent after the error feedback.
     """
     rows, cols = target.weight.shape
-    # A class takes a byte, so it is for as many weights as pay for that.
-    spans = min(ceil(_LEAST / cols), rows), min(taps * ceil(_LEAST / (rows * taps)), cols)
+    # A class takes half a byte, so it is for as many weights as pay for that.
+    together = taps // TRIPLE if taps % TRIPLE == 0 else 1  # triples
+    run = together * ceil(_LEAST / (rows * TRIPLE * together))
+    spans = min(ceil(_LEAST / cols), rows), min(run, -(-cols // TRIPLE))
     made = Quantised(np.zeros((rows, cols), np.int64), *_classes(target.weight / step, *spans), *spans)
-    classes = made.classes
+    classes = np.repeat(made.classes, TRIPLE, axis=1)[:, :cols]
     bits = _prior(int(classes.max()) + 1)
-    factors = [_factor(metric) for metric in target.metrics]
-    levels = _feed_back(target, factors, step, classes, bits)
+    problem = _Problem.of(target, step, classes)
+    levels = problem.feed_back(bits)
     bits = _learn(levels, classes, bits)
-    levels = _feed_back(target, factors, step, classes, bits)
+    levels = problem.feed_back(bits)
     for _ in range(sweeps):
         bits = _learn(levels, classes, bits)
-        levels = _descend(target, factors, levels, step, classes, bits)
+        levels = problem.descend(levels, bits)
     return replace(made, levels=levels)
 
 
 def _classes(weight: Array, row_span: int, col_span: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Classes of runs of rows and of columns, whose sum grows with the size of the weights, two an octave.
+    """Classes of runs of rows and of triples, whose sum grows with the size of the weights, two an octave.
 
     Sizes are taken as products of one for the rows and one for the columns: root mean squares, the two in turn.
     """
     rows, cols = weight.shape
-    starts = np.arange(0, rows, row_span), np.arange(0, cols, col_span)
+    starts = np.arange(0, rows, row_span), np.arange(0, cols, TRIPLE * col_span)
     squares = np.add.reduceat(np.add.reduceat(weight**2, starts[0], axis=0), starts[1], axis=1)
     counts = np.outer(np.diff(np.append(starts[0], rows)), np.diff(np.append(starts[1], cols)))
     squares = squares / counts + 1e-12 * (squares.mean() + 1e-30)
@@ -94,10 +97,10 @@ def _classes(weight: Array, row_span: int, col_span: int) -> tuple[NDArray[np.ui
         down = np.mean(squares / across, axis=1)
         across = np.mean(squares / down[:, None], axis=0)
     by_row, by_col = (np.round(_PER_OCTAVE / 2 * np.log2(part)).astype(np.int64) for part in (down, across))
-    least = int(by_col.min())
+    least = max(int(by_col.min()), int(np.median(by_col)) - _LOWEST)  # columns without weight must not shift the others
     return (
-        np.clip(by_row + least + _UNIT, 0, _MOST_CLASS).astype(np.uint8),
-        np.clip(by_col - least, 0, _MOST_CLASS).astype(np.uint8),
+        np.clip(by_row + least + _UNIT, 0, MOST_CLASS).astype(np.uint8),
+        np.clip(by_col - least, 0, MOST_CLASS).astype(np.uint8),
     )
 
 
@@ -125,58 +128,77 @@ def _learn(levels: Levels, classes: Levels, prior: Array) -> Array:
     return np.asarray(-np.log2(learnt))
 
 
-def _factor(metric: Array) -> Array:
-    """U, upper triangular, with ``U^T U`` the inverse of the damped metric."""
-    mean = float(np.trace(metric)) / len(metric)
-    damped = metric + (_DAMPING * mean if mean > 0 else 1.0) * np.eye(len(metric))
-    return np.asarray(np.linalg.cholesky(np.linalg.inv(damped)).T)
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """What levels are chosen for; the groups of a convolution lie side by side, G of them with R rows each.
 
+    Attributes:
+        weight: float64 ``[G, R, cols]``, in steps.
+        metrics: float64 ``[G, cols, cols]``.
+        factors: U, upper triangular, with ``U^T U`` the inverse of a damped metric.
+        classes: int64 ``[G, R, cols]``.
+        price: float64 ``[G, 1]``: error that a bit may cost.
+    """
 
-def _feed_back(target: Target, factors: list[Array], step: float, classes: Levels, bits: Array) -> Levels:
-    levels = np.zeros(target.weight.shape, np.int64)
-    for (rows, _), upper in zip(target.parts(), factors, strict=True):
-        cols = len(upper)
-        weight = target.weight[rows] / step
-        sensitivity = 1 / np.diag(upper) ** 2
-        price = _SLOPE * float(sensitivity.mean())
+    weight: Array
+    metrics: Array
+    factors: Array
+    classes: Levels
+    price: Array
+
+    @classmethod
+    def of(cls, target: Target, step: float, classes: Levels) -> _Problem:
+        groups, cols = len(target.metrics), target.weight.shape[1]
+        metrics = np.stack(target.metrics)
+        mean = np.trace(metrics, axis1=1, axis2=2) / cols
+        damped = metrics + np.where(mean > 0, _DAMPING * mean, 1.0)[:, None, None] * np.eye(cols)
+        factors = np.linalg.cholesky(np.linalg.inv(damped)).swapaxes(1, 2)
+        sensitivity = 1 / np.diagonal(factors, axis1=1, axis2=2) ** 2
+        price = _SLOPE * sensitivity.mean(axis=1, keepdims=True)
+        split = (groups, -1, cols)
+        return cls((target.weight / step).reshape(split), metrics, factors, classes.reshape(split), price)
+
+    def feed_back(self, bits: Array) -> Levels:
+        """Levels chosen column after column, each one's error made good by the columns that are still free."""
+        levels = np.zeros(self.weight.shape, np.int64)
+        weight, factors = self.weight.copy(), self.factors
+        cols = weight.shape[2]
         for start in range(0, cols, _BLOCK):
             stop = min(start + _BLOCK, cols)
-            missed = np.empty((len(weight), stop - start))
+            missed = np.empty((*weight.shape[:2], stop - start))
             for col in range(start, stop):
-                chosen = _choose(weight[:, col], classes[rows, col], bits, price / sensitivity[col])
-                levels[rows, col] = chosen
-                error = (weight[:, col] - chosen) / upper[col, col]
-                weight[:, col + 1 : stop] -= np.outer(error, upper[col, col + 1 : stop])
-                missed[:, col - start] = error
-            weight[:, stop:] -= missed @ upper[start:stop, stop:]
-    return levels
+                own = factors[:, col, col, None]
+                chosen = _choose(weight[:, :, col], self.classes[:, :, col], bits, self.price * own**2)
+                levels[:, :, col] = chosen
+                missed[:, :, col - start] = error = (weight[:, :, col] - chosen) / own
+                weight[:, :, col + 1 : stop] -= error[:, :, None] * factors[:, None, col, col + 1 : stop]
+            weight[:, :, stop:] -= missed @ factors[:, start:stop, stop:]
+        return levels.reshape(-1, cols)
 
-
-def _descend(target: Target, factors: list[Array], levels: Levels, step: float, classes: Levels, bits: Array) -> Levels:
-    levels = levels.copy()
-    for (rows, metric), upper in zip(target.parts(), factors, strict=True):
-        price = _SLOPE * float(np.mean(1 / np.diag(upper) ** 2))
-        wanted = target.weight[rows] / step
-        influence = (wanted - levels[rows]) @ metric
-        for col in range(metric.shape[0]):
-            own = metric[col, col]
-            if own <= 0:
+    def descend(self, levels: Levels, bits: Array) -> Levels:
+        """One sweep of coordinate descent."""
+        levels = levels.reshape(self.weight.shape).copy()
+        influence = (self.weight - levels) @ self.metrics
+        for col in range(levels.shape[2]):
+            own = self.metrics[:, col, col, None]
+            if (own <= 0).any():
                 continue
-            before = levels[rows, col]
-            best = before + influence[:, col] / own
-            chosen = _choose(best, classes[rows, col], bits, price / own)
+            before = levels[:, :, col]
+            best = before + influence[:, :, col] / own
+            chosen = _choose(best, self.classes[:, :, col], bits, self.price / own)
             change = chosen - before
             if change.any():
-                levels[rows, col] = chosen
-                influence -= np.outer(change, metric[col])
-    return levels
+                levels[:, :, col] = chosen
+                influence -= change[:, :, None] * self.metrics[:, None, col]
+        return levels.reshape(-1, levels.shape[2])
 
 
-def _choose(wanted: Array, classes: Levels, bits: Array, price: float) -> Levels:
+def _choose(wanted: Array, classes: Levels, bits: Array, price: Array) -> Levels:
     """The level of least ``(wanted - level)^2 + price * bits`` of the two around, the next towards zero, and zero."""
     wanted = np.clip(wanted, -LARGEST, LARGEST)
     low = np.floor(wanted)
     inner = np.where(wanted > 0, np.maximum(low - 1, 0), np.minimum(low + 2, 0))
     offers = np.stack([low, np.minimum(low + 1, LARGEST), inner, np.zeros_like(low)]).astype(np.int64)
     cost = (wanted - offers) ** 2 + price * bits[classes, offers + LARGEST]
-    return np.asarray(offers[np.argmin(cost, axis=0), np.arange(len(wanted))])
+    best = np.argmin(cost, axis=0)
+    return np.asarray(np.take_along_axis(offers, best[None], axis=0)[0])

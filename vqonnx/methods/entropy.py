@@ -20,7 +20,7 @@ from vqonnx.form import Coded
 from vqonnx.lagrange import lower_hull
 from vqonnx.method import Budgeted, Layer, LeftAlone, Needs, Way, check_range
 from vqonnx.prefix import Prefix, common_trees
-from vqonnx.refine import Target, refit, target_of
+from vqonnx.refine import Target, target_of
 
 _EXPONENTS = np.arange(-5, 2.01, 0.5)  # of 2, for steps in units of the root mean square of the weights
 _SEARCH = 8
@@ -87,7 +87,7 @@ class Entropy(Budgeted):
                 best, high = form, middle
             else:
                 low = middle
-        if best is None or (not best.codebooks.any() and layer.weight.any()):
+        if best is None or (best.words == 1 and layer.weight.any()):
             least = _bytes(self._form(layer, target, 1.0, 0))  # a step as large as the weights
             bits = ceil(800 * least / layer.weight.size) / 100
             raise LeftAlone(f"{self.bits:g} bits a weight are {budget:.0f} bytes, too few; set bits={bits:g}")
@@ -100,23 +100,28 @@ class Entropy(Budgeted):
 
 
 def _store(target: Target, made: Quantised, step: float) -> Coded:
-    """The form, with values of least squares for the levels that occur."""
-    least, most = int(made.levels.min()), int(made.levels.max())
-    codes = made.levels - least
-    words = step * np.arange(least, most + 1, dtype=np.float64)[:, None]
-    words = refit(target, codes, words) if len(words) > 1 else words
-    stored = np.where(np.arange(least, most + 1)[:, None] == 0, 0.0, words)
+    """The form: levels as codes, and the step that makes the error smallest."""
+    levels = made.levels
+    most = int(np.abs(levels).max())
+    error, energy = 0.0, 0.0
+    for rows, metric in target.parts():
+        seen = levels[rows] @ metric
+        error += float(np.einsum("ij,ij->", seen, target.weight[rows]))
+        energy += float(np.einsum("ij,ij->", seen, levels[rows]))
+    best = step if energy <= 0 or error <= 0 else error / energy
     return Coded(
-        codes.astype(np.uint8)[None],
-        stored.astype(np.float16)[None, None],
-        codes.shape[1],
-        coding=Prefix(
-            (codes.shape[0], codes.shape[1]),
+        (levels + most).astype(np.uint8)[None],
+        np.arange(-most, most + 1, dtype=np.float16)[None, None, :, None],
+        levels.shape[1],
+        np.array([[best]], np.float16),
+        Prefix(
+            (levels.shape[0], levels.shape[1]),
             made.row_classes,
             made.col_classes,
             made.row_span,
             made.col_span,
-            common_trees([(codes, made.classes)]),
+            common_trees([(levels, made.classes)]),
+            most,
         ),
     )
 
