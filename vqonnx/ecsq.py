@@ -13,20 +13,15 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
+from vqonnx.feedback import LARGEST, WORDS, Frame, Levels, Problem
 from vqonnx.prefix import MOST_CLASS, TRIPLE, histogram, sum_classes
 from vqonnx.refine import Array, Target
 
-_SLOPE = 0.1155  # 2 ln 2 / 12: error saved by a bit, in units of step^2, where steps are small
-_DAMPING = 0.01
-_BLOCK = 64  # columns whose errors are fed back one by one; the rest follow in one matrix product
 _PER_OCTAVE = 2  # classes
 _UNIT = 10  # class of weights as large as the step
 _LOWEST = 6  # classes that columns may be below the middle one
 _LEAST = 96  # weights of a class
 _FITS = 4
-LARGEST = 127
-
-Levels = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +50,9 @@ class Quantised:
         return sum_classes(shape, self.row_classes, self.col_classes, self.row_span, self.col_span)
 
 
-def quantise(target: Target, step: float, taps: int, *, sweeps: int = 1) -> Quantised:
+def quantise(
+    target: Target, step: float, taps: int, *, sweeps: int = 1, beam: int = 1, frame: Frame | None = None
+) -> Quantised:
     """Multiples of the step, chosen for the output's error and for their bits.
 
     Args:
@@ -63,6 +60,8 @@ def quantise(target: Target, step: float, taps: int, *, sweeps: int = 1) -> Quan
         step: What levels are multiples of.
         taps: Neighbouring columns that belong together.
         sweeps: Of coordinate descent after the error feedback.
+        beam: Choices that a row keeps during the error feedback.
+        frame: That of the target, where it is known.
     """
     rows, cols = target.weight.shape
     # A class takes half a byte, so it is for as many weights as pay for that.
@@ -70,16 +69,17 @@ def quantise(target: Target, step: float, taps: int, *, sweeps: int = 1) -> Quan
     run = together * ceil(_LEAST / (rows * TRIPLE * together))
     spans = min(ceil(_LEAST / cols), rows), min(run, -(-cols // TRIPLE))
     made = Quantised(np.zeros((rows, cols), np.int64), *_classes(target.weight / step, *spans), *spans)
-    classes = np.repeat(made.classes, TRIPLE, axis=1)[:, :cols]
+    frame = frame or Frame.of(target)
+    classes = frame.turn(np.repeat(made.classes, TRIPLE, axis=1)[:, :cols])
+    problem = Problem(frame, frame.turn(target.weight / step), classes)
     bits = _prior(int(classes.max()) + 1)
-    problem = _Problem.of(target, step, classes)
-    levels = problem.feed_back(bits)
+    levels = problem.feed_back(bits, 1)
     bits = _learn(levels, classes, bits)
-    levels = problem.feed_back(bits)
+    levels = problem.feed_back(bits, beam)
     for _ in range(sweeps):
         bits = _learn(levels, classes, bits)
         levels = problem.descend(levels, bits)
-    return replace(made, levels=levels)
+    return replace(made, levels=frame.turn_back(levels))
 
 
 def _classes(weight: Array, row_span: int, col_span: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -105,7 +105,7 @@ def _classes(weight: Array, row_span: int, col_span: int) -> tuple[NDArray[np.ui
 
 
 def _prior(classes: int) -> Array:
-    """``[classes, 2 * LARGEST + 1]``: bits of each level, before any is known: halfway from Gauss to Laplace."""
+    """``[classes, WORDS]``: bits of each level, before any is known: halfway from Gauss to Laplace."""
     number = np.arange(-LARGEST, LARGEST + 1)
     table = np.empty((classes, len(number)))
     for at in range(classes):
@@ -120,85 +120,9 @@ def _prior(classes: int) -> Array:
 
 def _learn(levels: Levels, classes: Levels, prior: Array) -> Array:
     """Bits from how often levels occur; what is not seen keeps some of what was believed before."""
-    counts = histogram(levels + LARGEST, classes, (len(prior), 2 * LARGEST + 1))
+    counts = histogram(levels + LARGEST, classes, (len(prior), WORDS))
     believed = 2.0**-prior
     weight = 8.0
     total = counts.sum(axis=1, keepdims=True) + weight
     learnt = (counts + weight * believed / believed.sum(axis=1, keepdims=True)) / total
     return np.asarray(-np.log2(learnt))
-
-
-@dataclass(frozen=True, eq=False)
-class _Problem:
-    """What levels are chosen for; the groups of a convolution lie side by side, G of them with R rows each.
-
-    Attributes:
-        weight: float64 ``[G, R, cols]``, in steps.
-        metrics: float64 ``[G, cols, cols]``.
-        factors: U, upper triangular, with ``U^T U`` the inverse of a damped metric.
-        classes: int64 ``[G, R, cols]``.
-        price: float64 ``[G, 1]``: error that a bit may cost.
-    """
-
-    weight: Array
-    metrics: Array
-    factors: Array
-    classes: Levels
-    price: Array
-
-    @classmethod
-    def of(cls, target: Target, step: float, classes: Levels) -> _Problem:
-        groups, cols = len(target.metrics), target.weight.shape[1]
-        metrics = np.stack(target.metrics)
-        mean = np.trace(metrics, axis1=1, axis2=2) / cols
-        damped = metrics + np.where(mean > 0, _DAMPING * mean, 1.0)[:, None, None] * np.eye(cols)
-        factors = np.linalg.cholesky(np.linalg.inv(damped)).swapaxes(1, 2)
-        sensitivity = 1 / np.diagonal(factors, axis1=1, axis2=2) ** 2
-        price = _SLOPE * sensitivity.mean(axis=1, keepdims=True)
-        split = (groups, -1, cols)
-        return cls((target.weight / step).reshape(split), metrics, factors, classes.reshape(split), price)
-
-    def feed_back(self, bits: Array) -> Levels:
-        """Levels chosen column after column, each one's error made good by the columns that are still free."""
-        levels = np.zeros(self.weight.shape, np.int64)
-        weight, factors = self.weight.copy(), self.factors
-        cols = weight.shape[2]
-        for start in range(0, cols, _BLOCK):
-            stop = min(start + _BLOCK, cols)
-            missed = np.empty((*weight.shape[:2], stop - start))
-            for col in range(start, stop):
-                own = factors[:, col, col, None]
-                chosen = _choose(weight[:, :, col], self.classes[:, :, col], bits, self.price * own**2)
-                levels[:, :, col] = chosen
-                missed[:, :, col - start] = error = (weight[:, :, col] - chosen) / own
-                weight[:, :, col + 1 : stop] -= error[:, :, None] * factors[:, None, col, col + 1 : stop]
-            weight[:, :, stop:] -= missed @ factors[:, start:stop, stop:]
-        return levels.reshape(-1, cols)
-
-    def descend(self, levels: Levels, bits: Array) -> Levels:
-        """One sweep of coordinate descent."""
-        levels = levels.reshape(self.weight.shape).copy()
-        influence = (self.weight - levels) @ self.metrics
-        for col in range(levels.shape[2]):
-            own = self.metrics[:, col, col, None]
-            if (own <= 0).any():
-                continue
-            before = levels[:, :, col]
-            best = before + influence[:, :, col] / own
-            chosen = _choose(best, self.classes[:, :, col], bits, self.price / own)
-            change = chosen - before
-            if change.any():
-                levels[:, :, col] = chosen
-                influence -= change[:, :, None] * self.metrics[:, None, col]
-        return levels.reshape(-1, levels.shape[2])
-
-
-def _choose(wanted: Array, classes: Levels, bits: Array, price: Array) -> Levels:
-    """The level of least ``(wanted - level)^2 + price * bits`` of the two around, the next towards zero, and zero."""
-    wanted = np.clip(wanted, -LARGEST, LARGEST)
-    low = np.floor(wanted)
-    inner = np.where(wanted > 0, np.maximum(low - 1, 0), np.minimum(low + 2, 0))
-    offers = np.stack([low, np.minimum(low + 1, LARGEST), inner, np.zeros_like(low)]).astype(np.int64)
-    cost = (wanted - offers) ** 2 + price * bits[classes, offers + LARGEST]
-    best = np.argmin(cost, axis=0)
-    return np.asarray(np.take_along_axis(offers, best[None], axis=0)[0])

@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from vqonnx.ecsq import Quantised, quantise
 from vqonnx.errors import OptionError
+from vqonnx.feedback import Frame
 from vqonnx.form import Coded
 from vqonnx.lagrange import lower_hull
 from vqonnx.method import Budgeted, Layer, LeftAlone, Needs, Way, check_range
@@ -37,6 +38,7 @@ class Entropy(Budgeted):
         step: The step of a layer in units of the root mean square of its weights; None finds the one that ``bits``
             allow.
         sweeps: Of coordinate descent.
+        beam: Choices that a row of weights keeps while they are decided one after the other.
         asymmetric: Aim at the output of the original layer on the original input.
     """
 
@@ -45,6 +47,7 @@ class Entropy(Budgeted):
     bits: float = 2.0
     step: float | None = None
     sweeps: int = 2
+    beam: int = 16
     asymmetric: bool = True
 
     @property
@@ -57,13 +60,15 @@ class Entropy(Budgeted):
         if self.step is not None and not 0 < self.step < 100:
             raise OptionError(f"method '{self.id}': step is {self.step:g}; choose a number above 0, such as 0.5")
         check_range(self, "sweeps", 1, 100)
+        check_range(self, "beam", 1, 1024)
 
     def ways(self, layer: Layer) -> list[Way]:
         with threadpool_limits(limits=1):
             target = target_of(layer, 1, asymmetric=False)
+            frame = Frame.of(target)
             rates, errors = [], []
             for exponent in _EXPONENTS:
-                form = self._form(layer, target, float(2**exponent), sweeps=0)
+                form = self._form(layer, target, frame, float(2**exponent), quick=True)
                 missed = target.weight[:, : layer.weight.shape[1]] - form.decode()
                 rates.append(float(_bytes(form)))
                 errors.append(sum(float(np.einsum("ij,ij->", missed[r] @ m, missed[r])) for r, m in target.parts()))
@@ -72,31 +77,33 @@ class Entropy(Budgeted):
     def encode(self, layer: Layer) -> Coded:
         with threadpool_limits(limits=1):
             target = target_of(layer, 1, asymmetric=self.asymmetric)
+            frame = Frame.of(target)
             if self.step is not None:
-                return self._form(layer, target, self.step, self.sweeps)
-            return self._within(layer, target, self.bits * layer.weight.size / 8)
+                return self._form(layer, target, frame, self.step)
+            return self._within(layer, target, frame, self.bits * layer.weight.size / 8)
 
-    def _within(self, layer: Layer, target: Target, budget: float) -> Coded:
+    def _within(self, layer: Layer, target: Target, frame: Frame, budget: float) -> Coded:
         """The form of the smallest step that keeps within the budget of bytes."""
         low, high = float(_EXPONENTS[0]), float(_EXPONENTS[-1]) + 4
         best = None
         for _ in range(_SEARCH):
             middle = (low + high) / 2
-            form = self._form(layer, target, 2**middle, self.sweeps)
+            form = self._form(layer, target, frame, 2**middle)
             if _bytes(form) <= budget:
                 best, high = form, middle
             else:
                 low = middle
         if best is None or (best.words == 1 and layer.weight.any()):
-            least = _bytes(self._form(layer, target, 1.0, 0))  # a step as large as the weights
+            least = _bytes(self._form(layer, target, frame, 1.0, quick=True))  # a step as large as the weights
             bits = ceil(800 * least / layer.weight.size) / 100
             raise LeftAlone(f"{self.bits:g} bits a weight are {budget:.0f} bytes, too few; set bits={bits:g}")
         return best
 
-    def _form(self, layer: Layer, target: Target, step: float, sweeps: int) -> Coded:
+    def _form(self, layer: Layer, target: Target, frame: Frame, step: float, *, quick: bool = False) -> Coded:
         size = step * float(np.sqrt(np.mean(layer.weight.astype(np.float64) ** 2)) or 1.0)
         taps = prod(layer.kernel) if self.order == "ihw" else 1
-        return _store(target, quantise(target, size, taps, sweeps=sweeps), size)
+        sweeps, beam = (0, 1) if quick else (self.sweeps, self.beam)
+        return _store(target, quantise(target, size, taps, sweeps=sweeps, beam=beam, frame=frame), size)
 
 
 def _store(target: Target, made: Quantised, step: float) -> Coded:
