@@ -8,6 +8,7 @@ neighbouring multiples counts bits as well (Sullivan 1996; METHODS 6.12).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from math import ceil
 
 import numpy as np
@@ -51,7 +52,14 @@ class Quantised:
 
 
 def quantise(
-    target: Target, step: float, taps: int, *, sweeps: int = 1, beam: int = 1, frame: Frame | None = None
+    target: Target,
+    step: float,
+    taps: int,
+    *,
+    sweeps: int = 1,
+    beam: int = 1,
+    learn: bool = True,
+    frame: Frame | None = None,
 ) -> Quantised:
     """Multiples of the step, chosen for the output's error and for their bits.
 
@@ -61,6 +69,7 @@ def quantise(
         taps: Neighbouring columns that belong together.
         sweeps: Of coordinate descent after the error feedback.
         beam: Choices that a row keeps during the error feedback.
+        learn: Choose again when it is known how many bits the levels of the first choice take.
         frame: That of the target, where it is known.
     """
     rows, cols = target.weight.shape
@@ -74,8 +83,9 @@ def quantise(
     problem = Problem(frame, frame.turn(target.weight / step), classes)
     bits = _prior(int(classes.max()) + 1)
     levels = problem.feed_back(bits, 1)
-    bits = _learn(levels, classes, bits)
-    levels = problem.feed_back(bits, beam)
+    if learn:
+        bits = _learn(levels, classes, bits)
+        levels = problem.feed_back(bits, beam)
     for _ in range(sweeps):
         bits = _learn(levels, classes, bits)
         levels = problem.descend(levels, bits)
@@ -116,6 +126,20 @@ def _prior(classes: int) -> Array:
         gauss = np.exp(-0.5 * (number / max(ratio, 0.2)) ** 2)
         table[at] = -np.log2(0.5 * laplace + 0.5 * gauss / gauss.sum() + 1e-9)
     return table
+
+
+@cache
+def _rates() -> tuple[Array, Array]:
+    """Entropies in ascending order, and the exponents of 2 for the steps that belong to them."""
+    table = _prior(4 * _UNIT)
+    share = 2.0**-table
+    share /= share.sum(axis=1, keepdims=True)
+    return np.asarray(-(share * np.log2(share)).sum(axis=1)), (_UNIT - np.arange(len(table))) / _PER_OCTAVE
+
+
+def exponent_of(bits: float) -> float:
+    """Of 2, for the step in units of the root mean square of the weights that usually takes so many bits a weight."""
+    return float(np.interp(bits, *_rates()))
 
 
 def _learn(levels: Levels, classes: Levels, prior: Array) -> Array:

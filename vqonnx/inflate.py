@@ -1,9 +1,9 @@
 """The op ``vqonnx.Inflate``: prefix codes become bytes that ``Decode`` reads, all of them at the same time.
 
 Its body is ONNX functions of standard operators: ``Inflate`` itself; ``Path``, which follows codes to their ends by
-``Level``, a bit of each at a time; ``Digits``, which cuts numbers into digits; and, before opset 11, ``Sum``.
-``docs/format.md`` gives the meaning. onnxruntime runs the body once, when the model is loaded; there is no kernel for
-it in the library.
+``Levels`` and ``Level``, a bit of each at a time; ``Digits``, which cuts numbers into digits; and, before opset 11,
+``Sum``. ``docs/format.md`` gives the meaning. onnxruntime runs the body once, when the model is loaded; there is no
+kernel for it in the library.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def inflate_functions(codings: Iterable[Prefix], opset: int) -> list[FunctionPro
     ragged = any(coding.shape[1] % TRIPLE for coding in listed)
     functions = {
         "Inflate (stream, classes, roots, counts, leaves, layout) => (codes)": _inflate_lines(ragged, opset),
-        "Path (bits, edges, rows, at, node, end) => (leaf, stop)": _path_lines(levels),
+        "Path (bits, edges, rows, at, node, end) => (last, leaf, stop)": _chain_lines("Levels", levels // 2),
+        "Levels (bits, edges, rows, at, node, end) => (last, leaf, stop)": _chain_lines("Level", 2),
         "Level (bits, edges, rows, at, node, end) => (at_next, node_next, end_next)": _level_lines(opset),
         "Digits (values, places, base) => (digits)": _digits_lines(opset),
     }
@@ -111,14 +112,14 @@ def _inflate_lines(ragged: bool, opset: int) -> list[str]:
         "edge = Gather (edges, at)",
         "own = Gather (counts_line, at)",
         "node = Sub (edge, own)",
-        f"leaf, triple_end = {DOMAIN}.Path (bits, edges, rows, at, node, none)",
+        f"triple_last, leaf, triple_end = {DOMAIN}.Path (bits, edges, rows, at, node, none)",
         # magnitudes up to 3, and what is beyond
         "leaves32 = Cast <to = 6> (leaves)",
         "triple = Gather (leaves32, leaf)",
         f"digit = {DOMAIN}.Digits (triple, places, four)",
         "cut = Div (digit, three)",
         "cut_node = Sub (cut, one32)",
-        f"tail_leaf, tail_end = {DOMAIN}.Path (bits, edges, rows, none, cut_node, triple_end)",
+        f"tail_last, tail_leaf, tail_end = {DOMAIN}.Path (bits, edges, rows, none, cut_node, triple_end)",
         "tail_place = Mul (tail_leaf, cut)",
         "tail_value = Gather (leaves32, tail_place)",
         "tail = Mul (tail_value, cut)",
@@ -139,14 +140,12 @@ def _inflate_lines(ragged: bool, opset: int) -> list[str]:
     ]
 
 
-def _path_lines(levels: int) -> list[str]:
-    """The leaves of codes that begin at ``node``, and where their bits stop."""
-    names = [["at", "node", "end"], *([f"at{n}", f"node{n}", f"end{n}"] for n in range(1, levels))]
+def _chain_lines(step: str, count: int) -> list[str]:
+    """``count`` steps, each one beginning where the one before ended."""
+    names = [["at", "node", "end"], *([f"at{n}", f"node{n}", f"end{n}"] for n in range(1, count))]
     names.append(["last", "leaf", "stop"])
-    if not levels:  # no code has a bit
-        return ["leaf = Identity (node)", "stop = Identity (end)"]
     return [
-        f"{', '.join(after)} = {DOMAIN}.Level (bits, edges, rows, {', '.join(before)})"
+        f"{', '.join(after)} = {DOMAIN}.{step} (bits, edges, rows, {', '.join(before)})"
         for before, after in pairwise(names)
     ]
 

@@ -28,7 +28,7 @@ class Trees:
 
     Attributes:
         roots: uint8 ``[classes]``: the tree of each class.
-        counts: uint8 ``[trees, levels + 1]``: how many codes of a tree have 0, 1, 2.. bits.
+        counts: uint8 ``[trees, levels + 1]``: how many codes of a tree have 0, 1, 2.. bits; ``levels`` is even.
         leaves: uint8 ``[values]``: what the codes stand for, tree by tree, short codes first.
     """
 
@@ -44,6 +44,8 @@ class Trees:
                 )
         if int(self.roots.max()) >= len(self.counts):
             raise FormError(f"tree {int(self.roots.max())} of a class, but there are {len(self.counts)}")
+        if self.levels < 2 or self.levels % 2:
+            raise FormError(f"the trees have {self.levels} levels; there must be 2 or more, and an even number of them")
         if int(self.counts.sum()) != len(self.leaves):
             raise FormError(f"the trees have {int(self.counts.sum())} codes for {len(self.leaves)} values")
         for number, row in enumerate(self.counts):
@@ -52,7 +54,7 @@ class Trees:
 
     @property
     def levels(self) -> int:
-        """Bits of the longest code."""
+        """Bits of the longest code, or one more."""
         return int(self.counts.shape[1]) - 1
 
     @property
@@ -94,7 +96,8 @@ def grow(tails: Counts, contexts: Counts, longest: int = LONGEST) -> Trees:
         tails = np.maximum(np.pad(tails, (0, max(0, 2 - len(tails)))), 1e-3 * (np.arange(max(len(tails), 2)) < 2))
     roots, merged = _merge(contexts)
     lengths = [code_lengths(row, longest) for row in (tails, *merged)]
-    levels = max(max(row.values(), default=0) for row in lengths)
+    levels = max(2, *(max(row.values(), default=0) for row in lengths))
+    levels += levels % 2  # the decoder takes two at a time
     counts = np.zeros((len(lengths), levels + 1), np.uint8)
     leaves: list[int] = []
     for tree, row in enumerate(lengths):

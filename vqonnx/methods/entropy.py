@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from vqonnx.ecsq import Quantised, quantise
+from vqonnx.ecsq import Quantised, exponent_of, quantise
 from vqonnx.errors import OptionError
 from vqonnx.feedback import Frame
 from vqonnx.form import Coded
@@ -24,9 +24,11 @@ from vqonnx.prefix import Prefix, common_trees
 from vqonnx.refine import Target, target_of
 
 _EXPONENTS = np.arange(-5, 2.01, 0.5)  # of 2, for steps in units of the root mean square of the weights
-_SEARCH = 8
+_SEARCH = 10
+_CLOSE = 0.02  # octaves between a step that is too small and one that fits
+_ENOUGH, _AIM = 0.985, 0.995  # of a budget
 _MOST_BITS = 32  # a small layer takes more than the 7 that its levels can, with what it has besides
-_FIXED = 60  # bytes that a layer takes besides: its codebook, and its part of the trees
+_FIXED = 20  # bytes that a layer takes besides: its part of the trees and of the codebook
 
 
 @dataclass(frozen=True)
@@ -83,16 +85,26 @@ class Entropy(Budgeted):
             return self._within(layer, target, frame, self.bits * layer.weight.size / 8)
 
     def _within(self, layer: Layer, target: Target, frame: Frame, budget: float) -> Coded:
-        """The form of the smallest step that keeps within the budget of bytes."""
+        """The form of the smallest step that keeps within the budget of bytes, or nearly so."""
         low, high = float(_EXPONENTS[0]), float(_EXPONENTS[-1]) + 4
+        side = _FIXED + layer.weight.size / 1000  # bytes that are not codes, a guess
+        middle = exponent_of(max(8 * (budget - side) / layer.weight.size, 0))
         best = None
         for _ in range(_SEARCH):
-            middle = (low + high) / 2
+            middle = min(max(middle, low), high)
             form = self._form(layer, target, frame, 2**middle)
-            if _bytes(form) <= budget:
+            size = _bytes(form)
+            if size <= budget:
                 best, high = form, middle
             else:
                 low = middle
+            if high - low < _CLOSE or _ENOUGH * budget <= size <= budget:
+                break
+            # The rate of other steps, from how far that of this one is from what was expected.
+            shift = middle - exponent_of(8 * (size - side) / layer.weight.size)
+            middle = shift + exponent_of(max(8 * (_AIM * budget - side) / layer.weight.size, 0))
+            if not low < middle < high:
+                middle = (low + high) / 2
         if best is None or (best.words == 1 and layer.weight.any()):
             least = _bytes(self._form(layer, target, frame, 1.0, quick=True))  # a step as large as the weights
             bits = ceil(800 * least / layer.weight.size) / 100
@@ -103,7 +115,9 @@ class Entropy(Budgeted):
         size = step * float(np.sqrt(np.mean(layer.weight.astype(np.float64) ** 2)) or 1.0)
         taps = prod(layer.kernel) if self.order == "ihw" else 1
         sweeps, beam = (0, 1) if quick else (self.sweeps, self.beam)
-        return _store(target, quantise(target, size, taps, sweeps=sweeps, beam=beam, frame=frame), size)
+        return _store(
+            target, quantise(target, size, taps, sweeps=sweeps, beam=beam, learn=not quick, frame=frame), size
+        )
 
 
 def _store(target: Target, made: Quantised, step: float) -> Coded:
@@ -134,6 +148,6 @@ def _store(target: Target, made: Quantised, step: float) -> Coded:
 
 
 def _bytes(form: Coded) -> int:
-    """Without the trees, which layers share."""
+    """With a part of what layers share."""
     assert form.coding is not None
-    return form.nbytes - form.coding.trees.nbytes + _FIXED
+    return form.nbytes - form.coding.trees.nbytes - form.codebooks.nbytes + _FIXED
