@@ -133,7 +133,7 @@ LEFT_ALONE = {
     "bgd": {"gaussian-512x1-5", "gaussian-1x1-6", "gaussian-33x45-10"},
     "residual": {"gaussian-512x1-5", "gaussian-1x1-6"},
     "transform": {"gaussian-1x1-6", "gaussian-1x512-4"},  # 4 bits a weight are less than a step for each row
-    "entropy": {"gaussian-1x1-6", "gaussian-512x1-5"},  # 2 bits a weight are too few for these
+    "entropy": {"gaussian-1x1-6"},  # 2 bits a weight are too few for this one
     "svd": {"gaussian-512x1-5", "gaussian-1x1-6", "gaussian-1x512-4"},
 }
 
