@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def costs(problem: Problem, levels: np.ndarray, bits: np.ndarray) -> np.ndarray:
     damped = np.linalg.inv(problem.frame.factors.swapaxes(1, 2) @ problem.frame.factors)
     error = np.einsum("grc,gcd,grd->gr", missed, damped, missed)
     price = bits[problem.classes, levels + LARGEST].sum(axis=2)
-    return np.asarray(error + problem.frame.price[:, None] * price)
+    return np.asarray(error + problem.frame.price * price)
 
 
 @settings(deadline=None)
@@ -59,7 +60,7 @@ def test_what_is_kept_costs_what_it_seems_to_and_groups_are_apart(rows: int, col
     levels = problem.feed_back(bits, 8)
     for number in range(groups):
         alone = Target(aim.weight[number * rows : (number + 1) * rows], aim.metrics[number : number + 1], 1, aim.scales)
-        one = Frame.of(alone)
+        one = replace(Frame.of(alone), price=frame.price)
         single = Problem(one, one.turn(alone.weight / 0.7), problem.classes[:1])
         np.testing.assert_array_equal(single.feed_back(bits, 8)[0], levels[number])
     assert (problem.descend(levels, bits)).shape == levels.shape

@@ -19,7 +19,7 @@ from vqonnx.refine import Array, Target
 LARGEST = 127
 WORDS = 2 * LARGEST + 1
 
-_SLOPE = 0.1155  # 2 ln 2 / 12: error saved by a bit, in units of step^2, where steps are small
+_SLOPE = 0.1  # error saved by a bit, in units of step^2: 2 ln 2 / 12 = 0.1155 where steps are small, here measured
 _DAMPING = 0.01
 _BLOCK = 32  # columns whose errors are fed back one by one; the rest follow in one matrix product
 _PIVOT_COLS = 1536  # above that many columns they go by their energy alone
@@ -36,13 +36,13 @@ class Frame:
         order: int64 ``[G, cols]``.
         metrics: float64 ``[G, cols, cols]``.
         factors: U, upper triangular, with ``U^T U`` the inverse of the damped metric.
-        price: float64 ``[G]``: error that a bit may cost, in units of step^2.
+        price: Error that a bit may cost, in units of step^2; it is the same in all groups.
     """
 
     order: Levels
     metrics: Array
     factors: Array
-    price: Array
+    price: float
 
     @classmethod
     def of(cls, target: Target) -> Frame:
@@ -58,7 +58,7 @@ class Frame:
             inverse = np.linalg.inv(_turned(damped, order))
             factors = np.linalg.cholesky(inverse).swapaxes(1, 2)
         sensitivity = 1 / np.diagonal(factors, axis1=1, axis2=2) ** 2
-        return cls(order, _turned(metrics, order), factors, _SLOPE * sensitivity.mean(axis=1))
+        return cls(order, _turned(metrics, order), factors, _SLOPE * float(sensitivity.mean()))
 
     def turn(self, matrix: NDArray[Any]) -> NDArray[Any]:
         """``[G, R, cols]`` from ``[G * R, cols]``, columns in the order of the frame."""
@@ -139,7 +139,6 @@ class Problem:
         cols = shape[2]
         count = shape[0] * shape[1]
         factors = self.frame.factors[groups]
-        price = np.repeat(self.frame.price[groups], shape[1])[:, None, None]
         base = self.classes[groups, rows].reshape(count, cols) * WORDS + LARGEST
         table = bits.reshape(-1)
         row = np.arange(count)[:, None]
@@ -159,7 +158,7 @@ class Problem:
                 offers = _offers(wanted)
                 error = (here[:, :, col - start, None] - offers) / own
                 price_of = table[base[:, col, None, None] + offers.astype(np.int64)]
-                costs = cost[:, :, None] + error**2 + price * price_of
+                costs = cost[:, :, None] + error**2 + self.frame.price * price_of
                 costs[:, :, 2][(offers[:, :, :2] == offers[:, :, 2:]).any(axis=2)] = np.inf  # no choice is kept twice
                 costs = costs.reshape(count, -1)
                 if costs.shape[1] > beam:
@@ -197,8 +196,7 @@ class Problem:
             wanted = np.clip(before + influence[:, :, col] / own, -LARGEST, LARGEST)
             offers = _offers(wanted)
             price_of = table[self.classes[:, :, col, None] * WORDS + LARGEST + offers.astype(np.int64)]
-            price = (self.frame.price[:, None] / own)[:, :, None]
-            costs = (wanted[:, :, None] - offers) ** 2 + price * price_of
+            costs = (wanted[:, :, None] - offers) ** 2 + (self.frame.price / own)[:, :, None] * price_of
             best = np.argmin(costs, axis=2)[:, :, None]
             chosen = np.take_along_axis(offers, best, axis=2)[:, :, 0].astype(np.int64)
             change = chosen - before

@@ -26,6 +26,7 @@ from vqonnx.refine import Target, target_of
 _EXPONENTS = np.arange(-5, 2.01, 0.5)  # of 2, for steps in units of the root mean square of the weights
 _SEARCH = 10
 _CLOSE = 0.02  # octaves between a step that is too small and one that fits
+_LARGE, _MORE = 2**15, 4  # weights of a layer from which on `beam` holds; smaller ones have so many times as much
 _ENOUGH, _AIM = 0.985, 0.995  # of a budget
 _MOST_BITS = 32  # a small layer takes more than the 7 that its levels can, with what it has besides
 _FIXED = 20  # bytes that a layer takes besides: its part of the trees and of the codebook
@@ -40,7 +41,7 @@ class Entropy(Budgeted):
         step: The step of a layer in units of the root mean square of its weights; None finds the one that ``bits``
             allow.
         sweeps: Of coordinate descent.
-        beam: Choices that a row of weights keeps while they are decided one after the other.
+        beam: Choices that a row of weights keeps while they are decided one after the other; small layers have more.
         asymmetric: Aim at the output of the original layer on the original input.
     """
 
@@ -114,7 +115,8 @@ class Entropy(Budgeted):
     def _form(self, layer: Layer, target: Target, frame: Frame, step: float, *, quick: bool = False) -> Coded:
         size = step * float(np.sqrt(np.mean(layer.weight.astype(np.float64) ** 2)) or 1.0)
         taps = prod(layer.kernel) if self.order == "ihw" else 1
-        sweeps, beam = (0, 1) if quick else (self.sweeps, self.beam)
+        more = min(max(_LARGE // layer.weight.size, 1), _MORE)
+        sweeps, beam = (0, 1) if quick else (self.sweeps, self.beam * more)
         return _store(
             target, quantise(target, size, taps, sweeps=sweeps, beam=beam, learn=not quick, frame=frame), size
         )
