@@ -77,13 +77,14 @@ def test_no_code_is_longer_than_the_decoder_has_levels() -> None:
     while len(fibonacci) < 60:
         fibonacci.append(fibonacci[-1] + fibonacci[-2])
     trees = grow(np.array(fibonacci), np.array([fibonacci]))
-    assert 10 < int(trees.codewords[0].max()) <= trees.levels <= LONGEST
+    assert 10 < int(trees.codewords[0][1].max()) <= trees.levels <= LONGEST
+    assert int(trees.codewords[0][0].max()) == 8
 
 
 def test_classes_that_are_alike_share_a_tree() -> None:
     trees = grow(np.zeros(1), np.array([[0.0, 0.0], [900.0, 90.0], [1000.0, 110.0], [0.0, 4000.0]]))
     assert trees.roots.tolist() == [1, 1, 1, 2]
-    assert trees.counts.tolist() == [[0, 0, 0], [0, 2, 0], [1, 0, 0]]
+    assert trees.counts[:, :3].tolist() == [[0, 0, 0], [0, 2, 0], [1, 0, 0]]
     assert trees.leaves.tolist() == [0, 1, 1]
 
 
@@ -162,13 +163,14 @@ def test_numbers_take_hardly_more_bits_than_their_entropy(spread: float) -> None
 def test_bad_trees_and_classes_are_refused() -> None:
     good = coded(4, 6, (1, 2), 5, 0).coding
     assert good is not None
-    one, two = np.array([1], np.uint8), np.array([[0, 0, 0], [0, 2, 0]], np.uint8)
+    one, two = np.array([1], np.uint8), np.array([[0] * 9, [0, 2, *[0] * 7]], np.uint8)
     wide = np.zeros(4, np.uint8)
     cases: list[tuple[Any, str]] = [
         (lambda: Trees(one, two, one), "the trees have 2 codes for 1 values"),
         (lambda: Trees(one + one, two, one), "tree 2 of a class, but there are 2"),
         (lambda: Trees(one, np.roll(two, -1, axis=1), np.zeros(2, np.uint8)), "tree 1 has codes that begin others"),
-        (lambda: Trees(one, two[:, :2].copy(), one), "the trees have 1 levels; there must be 2 or more"),
+        (lambda: Trees(one, two[:, :2].copy(), one), "the trees have 1 levels; it must be an even number from 8 on"),
+        (lambda: Trees(one, np.pad(two[::-1, 1:], ((0, 0), (9, 0))), one), "a code of tree 0 has more than 8 bits"),
         (lambda: Trees(one.astype(np.int32), two, one), r"roots of the trees are int32\[1\]"),
         (lambda: replace(good, row_classes=good.row_classes[:2]), "2 classes for 4 rows, 1 of them each"),
         (lambda: replace(good, row_classes=wide + np.uint8(16)), "class 16 of rows; the largest is 15"),

@@ -18,6 +18,7 @@ from onnx import FunctionProto
 from vqonnx.form import Coded
 from vqonnx.ops import DOMAIN, VERSION, range_lines
 from vqonnx.prefix import TRIPLE, Prefix
+from vqonnx.trees import LONGEST_TAIL
 from vqonnx.writer import Writer
 
 _CUMSUM = 11  # opset from which on it is there; before it, sums are products with a triangle of ones
@@ -53,8 +54,8 @@ def inflate_functions(codings: Iterable[Prefix], opset: int) -> list[FunctionPro
     levels = max(coding.trees.levels for coding in listed)
     ragged = any(coding.shape[1] % TRIPLE for coding in listed)
     functions = {
-        "Inflate (stream, classes, roots, counts, leaves, layout) => (codes)": _inflate_lines(ragged, opset),
-        "Path (bits, edges, rows, at, node, end) => (last, leaf, stop)": _chain_lines("Levels", levels // 2),
+        "Inflate (stream, classes, roots, counts, leaves, layout) => (codes)": _inflate_lines(levels, ragged, opset),
+        "Path (bits, edges, rows, at, node, end) => (last, leaf, stop)": _chain_lines("Levels", LONGEST_TAIL // 2),
         "Levels (bits, edges, rows, at, node, end) => (last, leaf, stop)": _chain_lines("Level", 2),
         "Level (bits, edges, rows, at, node, end) => (at_next, node_next, end_next)": _level_lines(opset),
         "Digits (values, places, base) => (digits)": _digits_lines(opset),
@@ -67,7 +68,8 @@ def inflate_functions(codings: Iterable[Prefix], opset: int) -> list[FunctionPro
     return [onnx.parser.parse_function(text.replace(unused, unused[:6])) for text in texts]
 
 
-def _inflate_lines(ragged: bool, opset: int) -> list[str]:
+def _inflate_lines(levels: int, ragged: bool, opset: int) -> list[str]:
+    more = (levels - LONGEST_TAIL) // 2  # a triple may have a longer code than a tail
     count = ", num_outputs = 6" if opset >= _SPLIT_COUNT else ""
     return [
         f"rows, cols, row_span, col_span, row_runs, offset = Split <axis = 0{count}> (layout)",
@@ -112,14 +114,18 @@ def _inflate_lines(ragged: bool, opset: int) -> list[str]:
         "edge = Gather (edges, at)",
         "own = Gather (counts_line, at)",
         "node = Sub (edge, own)",
-        f"triple_last, leaf, triple_end = {DOMAIN}.Path (bits, edges, rows, at, node, none)",
+        f"at_0, node_0, end_0 = {DOMAIN}.Path (bits, edges, rows, at, node, none)",
+        *(
+            f"at_{n + 1}, node_{n + 1}, end_{n + 1} = {DOMAIN}.Levels (bits, edges, rows, at_{n}, node_{n}, end_{n})"
+            for n in range(more)
+        ),
         # magnitudes up to 3, and what is beyond
         "leaves32 = Cast <to = 6> (leaves)",
-        "triple = Gather (leaves32, leaf)",
+        f"triple = Gather (leaves32, node_{more})",
         f"digit = {DOMAIN}.Digits (triple, places, four)",
         "cut = Div (digit, three)",
         "cut_node = Sub (cut, one32)",
-        f"tail_last, tail_leaf, tail_end = {DOMAIN}.Path (bits, edges, rows, none, cut_node, triple_end)",
+        f"tail_last, tail_leaf, tail_end = {DOMAIN}.Path (bits, edges, rows, none, cut_node, end_{more})",
         "tail_place = Mul (tail_leaf, cut)",
         "tail_value = Gather (leaves32, tail_place)",
         "tail = Mul (tail_value, cut)",
@@ -155,7 +161,8 @@ def _level_lines(opset: int) -> list[str]:
     lines = [*_ints("one", [1], _INT32, opset), "edge = Gather (edges, at)", *_below_lines("node", "edge", opset)]
     return [
         *lines,
-        "alive = Sub (one, ended)",
+        "going = Not (below)",
+        "alive = Cast <to = 6> (going)",
         *_sums("count", "alive", "rows", opset),
         "place = Add (count, end)",
         "bit = Gather (bits, place)",
@@ -169,11 +176,11 @@ def _level_lines(opset: int) -> list[str]:
 
 
 def _below_lines(left: str, right: str, opset: int) -> list[str]:
-    """``ended``: 1 where ``left`` is less."""
+    """``below``: whether ``left`` is less."""
     if opset >= _LOGIC:
-        return [f"below = Less ({left}, {right})", "ended = Cast <to = 6> (below)"]
+        return [f"below = Less ({left}, {right})"]
     floats = [f"{name}_float = Cast <to = 1> ({name})" for name in (left, right)]
-    return [*floats, f"below = Less ({left}_float, {right}_float)", "ended = Cast <to = 6> (below)"]
+    return [*floats, f"below = Less ({left}_float, {right}_float)"]
 
 
 def _digits_lines(opset: int) -> list[str]:

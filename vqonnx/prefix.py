@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqonnx.errors import FormError
-from vqonnx.trees import Counts, Numbers, Trees, grow
+from vqonnx.trees import LONGEST_TAIL, Counts, Numbers, Trees, grow
 
 TRIPLE = 3
 CUT = 3  # magnitudes from here on continue in a tail
@@ -122,19 +122,20 @@ class Prefix:
         bits = _Bits(np.unpackbits(stream, bitorder="little").astype(np.int64))
         edges, leaves = self.trees.edges.reshape(-1), self.trees.leaves.astype(np.int64)
         at = self.trees.roots[self.classes].reshape(-1).astype(np.int64) * (self.trees.levels + 1)
-        triples = leaves[self._descend(edges[at] - self.trees.counts.reshape(-1)[at], at, bits)]
+        node = edges[at] - self.trees.counts.reshape(-1)[at]
+        triples = leaves[self._descend(node, at, self.trees.levels, bits)]
         digits = (triples[:, None] // _PLACES % (CUT + 1)).reshape(-1)
         cut = digits // CUT
-        found = self._descend(cut - 1, np.zeros(1, np.int64), bits)
+        found = self._descend(cut - 1, np.zeros(1, np.int64), LONGEST_TAIL, bits)
         numbers = digits + cut * leaves[found * cut]
         going = numbers > 0
         numbers[going] *= 1 - 2 * bits.take(int(going.sum()))
         return numbers.reshape(self.shape[0], -1)[:, : self.shape[1]] + self.offset
 
-    def _descend(self, node: Numbers, at: Numbers, bits: _Bits) -> Numbers:
+    def _descend(self, node: Numbers, at: Numbers, levels: int, bits: _Bits) -> Numbers:
         """The leaves at which codes end: from ``node``, with the edges of a tree beginning at ``at``."""
         edges = self.trees.edges.reshape(-1)
-        for level in range(self.trees.levels):
+        for level in range(levels):
             edge = np.broadcast_to(edges[at + level], node.shape)
             going = node >= edge
             node = node.copy()

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from vqonnx.errors import FormError
 
 LONGEST = 14  # bits of a code; each is a step of the decoder
+LONGEST_TAIL = 8  # of a code in tree 0, of which there are more
 
 Counts = NDArray[np.float64]
 Numbers = NDArray[np.int64]
@@ -44,8 +45,10 @@ class Trees:
                 )
         if int(self.roots.max()) >= len(self.counts):
             raise FormError(f"tree {int(self.roots.max())} of a class, but there are {len(self.counts)}")
-        if self.levels < 2 or self.levels % 2:
-            raise FormError(f"the trees have {self.levels} levels; there must be 2 or more, and an even number of them")
+        if self.levels < LONGEST_TAIL or self.levels % 2:
+            raise FormError(f"the trees have {self.levels} levels; it must be an even number from {LONGEST_TAIL} on")
+        if self.counts[0, LONGEST_TAIL + 1 :].any():
+            raise FormError(f"a code of tree 0 has more than {LONGEST_TAIL} bits")
         if int(self.counts.sum()) != len(self.leaves):
             raise FormError(f"the trees have {int(self.counts.sum())} codes for {len(self.leaves)} values")
         for number, row in enumerate(self.counts):
@@ -54,7 +57,7 @@ class Trees:
 
     @property
     def levels(self) -> int:
-        """Bits of the longest code, or one more."""
+        """Bits of the longest code, or more."""
         return int(self.counts.shape[1]) - 1
 
     @property
@@ -84,19 +87,18 @@ class Trees:
         return lengths, words
 
 
-def grow(tails: Counts, contexts: Counts, longest: int = LONGEST) -> Trees:
+def grow(tails: Counts, contexts: Counts) -> Trees:
     """The best trees for values that occur so often.
 
     Args:
         tails: ``[values]``: for tree 0, all of whose codes have a bit or more; it may be empty.
         contexts: ``[classes, values]``: for the trees of the classes; what never occurs gets no code.
-        longest: Bits that a code may have.
     """
     if np.count_nonzero(tails) == 1:
         tails = np.maximum(np.pad(tails, (0, max(0, 2 - len(tails)))), 1e-3 * (np.arange(max(len(tails), 2)) < 2))
     roots, merged = _merge(contexts)
-    lengths = [code_lengths(row, longest) for row in (tails, *merged)]
-    levels = max(2, *(max(row.values(), default=0) for row in lengths))
+    lengths = [code_lengths(tails, LONGEST_TAIL), *(code_lengths(row) for row in merged)]
+    levels = max(LONGEST_TAIL, *(max(row.values(), default=0) for row in lengths))
     levels += levels % 2  # the decoder takes two at a time
     counts = np.zeros((len(lengths), levels + 1), np.uint8)
     leaves: list[int] = []
