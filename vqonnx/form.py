@@ -322,7 +322,7 @@ def stored_arrays(form: Form) -> Iterator[NDArray[Any]]:
         yield from (form.packed, form.codebooks)
         if form.coding is not None:
             trees = form.coding.trees
-            yield from (form.coding.row_classes, form.coding.col_classes, trees.roots, trees.children)
+            yield from (form.coding.packed_classes, trees.roots, trees.counts, trees.leaves)
         if form.scales is not None and not (form.scales.size == 1 and form.scales.item() == 1):
             yield form.scales
     elif isinstance(form, Product):

@@ -1,13 +1,15 @@
 """The op ``vqonnx.Inflate``: prefix codes become bytes that ``Decode`` reads, all of them at the same time.
 
-Its body is ONNX functions of standard operators: one that looks the classes and trees up, and ``Level``, which reads
-the next bit of every code that has one. ``docs/format.md`` gives the meaning. onnxruntime runs the body once, when the
-model is loaded; there is no kernel for it in the library.
+Its body is ONNX functions of standard operators: ``Inflate`` itself; ``Path``, which follows codes to their ends by
+``Levels`` and ``Level``, a bit of each at a time; ``Digits``, which cuts numbers into digits; and, before opset 11,
+``Sum``. ``docs/format.md`` gives the meaning. onnxruntime runs the body once, when the model is loaded; there is no
+kernel for it in the library.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 import onnx.parser
@@ -15,158 +17,237 @@ from onnx import FunctionProto
 
 from vqonnx.form import Coded
 from vqonnx.ops import DOMAIN, VERSION, range_lines
-from vqonnx.prefix import Prefix
+from vqonnx.prefix import TRIPLE, Prefix
+from vqonnx.trees import LONGEST_TAIL
 from vqonnx.writer import Writer
 
-_COUNTS_IN_FLOAT = 11  # opset from which on CumSum is there; before it, sums are products with a triangle of ones
+_CUMSUM = 11  # opset from which on it is there; before it, sums are products with a triangle of ones
+_MOD = 10
+_SLICE_INPUTS = 10
+_LOGIC = 9  # opset from which on whole numbers can be compared, and constants be whole numbers
+_SPLIT_COUNT = 18  # opset from which on Split has to be told into how many parts it divides
+_INT32, _INT64 = 6, 7
 
 
 def write_inflate(writer: Writer, form: Coded) -> str:
-    """Add a ``vqonnx.Inflate`` node that yields the codes of a form as uint8 ``[1, rows, groups]``."""
+    """Add a ``vqonnx.Inflate`` node that yields the codes of a form as uint8 ``[1, rows, cols]``."""
     coding = form.coding
     assert coding is not None
-    layout = np.array([*coding.shape, coding.row_span, coding.col_span, coding.offset], np.int64)
-    arrays = (form.packed, coding.row_classes, coding.col_classes, coding.trees.roots, coding.trees.children, layout)
+    layout = [*coding.shape, coding.row_span, coding.col_span, len(coding.row_classes), coding.offset]
+    trees = coding.trees
+    arrays = (
+        form.packed,
+        coding.packed_classes,
+        trees.roots,
+        trees.counts,
+        trees.leaves,
+        np.array(layout, np.int64),
+    )
     return writer.node("Inflate", [writer.constant(array) for array in arrays], domain=DOMAIN)
 
 
 def inflate_functions(codings: Iterable[Prefix], opset: int) -> list[FunctionProto]:
-    """The bodies of ``Inflate`` and ``Level`` for a model with these codes; none where there are none."""
-    levels = max((coding.trees.levels for coding in codings), default=None)
-    if levels is None:
+    """The bodies of ``Inflate`` and what it calls, for a model with these codes; none where there are none."""
+    listed = list(codings)
+    if not listed:
         return []
+    levels = max(coding.trees.levels for coding in listed)
+    ragged = any(coding.shape[1] % TRIPLE for coding in listed)
+    functions = {
+        "Inflate (stream, classes, roots, counts, leaves, layout) => (codes)": _inflate_lines(levels, ragged, opset),
+        "Path (bits, edges, rows, at, node, end) => (last, leaf, stop)": _chain_lines("Levels", LONGEST_TAIL // 2),
+        "Levels (bits, edges, rows, at, node, end) => (last, leaf, stop)": _chain_lines("Level", 2),
+        "Level (bits, edges, rows, at, node, end) => (at_next, node_next, end_next)": _level_lines(opset),
+        "Digits (values, places, base) => (digits)": _digits_lines(opset),
+    }
+    if opset < _CUMSUM:
+        functions["Sum (values, rows) => (sums)"] = _sum_lines(opset)
     head = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}, "{DOMAIN}" : {VERSION}]>'
-    inflate = "\n".join(_inflate_lines(levels, opset))
-    level = "\n".join(_level_lines(opset))
-    inputs = "stream, row_classes, col_classes, roots, children, layout"
+    texts = (f"{head}\n{name} {{\n" + "\n".join(lines) + "\n}" for name, lines in functions.items())
+    unused = "edges, rows," if opset >= _CUMSUM else ""  # only `Sum` wants to know how many rows there are
+    return [onnx.parser.parse_function(text.replace(unused, unused[:6])) for text in texts]
+
+
+def _inflate_lines(levels: int, ragged: bool, opset: int) -> list[str]:
+    more = (levels - LONGEST_TAIL) // 2  # a triple may have a longer code than a tail
+    count = ", num_outputs = 6" if opset >= _SPLIT_COUNT else ""
     return [
-        onnx.parser.parse_function(f"{head}\nInflate ({inputs}) => (codes) {{\n{inflate}\n}}"),
-        onnx.parser.parse_function(
-            f"{head}\nLevel (bytes, tree, inner, node, start, sizes) => (next, end) {{\n{level}\n}}"
-        ),
-    ]
-
-
-def _inflate_lines(levels: int, opset: int) -> list[str]:
-    lines = [
-        *_ints("zero", [0], 7, opset),
-        *_ints("one", [1], 7, opset),
-        *_ints("two", [2], 7, opset),
-        *_ints("four", [4], 7, opset),
-        *_ints("any", [-1], 7, opset),
-        "rows = Gather (layout, zero)",
-        "cols = Gather (layout, one)",
-        "sizes = Concat <axis = 0> (rows, cols)",
-        *_ints("three", [3], 7, opset),
-        "row_span = Gather (layout, two)",
-        "col_span = Gather (layout, three)",
-        *_repeated_lines("row", "rows", opset),
-        *_repeated_lines("col", "cols", opset),
-        "by_row = Concat <axis = 0> (any, one)",
-        "class_column = Reshape (row_class, by_row)",
-        "classes = Add (class_column, col_class)",
-        "class = Reshape (classes, any)",
+        f"rows, cols, row_span, col_span, row_runs, offset = Split <axis = 0{count}> (layout)",
+        *_ints("one", [1], _INT64, opset),
+        *_ints("any", [-1], _INT64, opset),
+        *_ints("column", [-1, 1], _INT64, opset),
+        *_ints("powers", [1, 2, 4, 8, 16, 32, 64, 128], _INT32, opset),
+        *_ints("halves", [1, 16], _INT32, opset),
+        *_ints("places", [16, 4, 1], _INT32, opset),
+        *_ints("two", [2], _INT32, opset),
+        *_ints("three", [3], _INT32, opset),
+        *_ints("four", [4], _INT32, opset),
+        *_ints("sixteen", [16], _INT32, opset),
+        "zero = Sub (one, one)",
+        "one32 = Sub (three, two)",
+        "none = Sub (two, two)",
+        f"bits = {DOMAIN}.Digits (stream, powers, two)",
+        # how many leaves of all trees come before longer codes
+        "counts32 = Cast <to = 6> (counts)",
+        "tree_sizes = Shape (counts)",
+        "trees = Gather (tree_sizes, zero)",
+        "steps64 = Gather (tree_sizes, one)",
+        "steps = Cast <to = 6> (steps64)",
+        "counts_line = Reshape (counts32, any)",
+        *_sums("edges", "counts_line", "trees", opset),
+        # the tree of each triple
+        "three64 = Cast <to = 7> (three)",
+        "two64 = Cast <to = 7> (two)",
+        "cols_up = Add (cols, two64)",
+        "triples = Div (cols_up, three64)",
+        f"class_line = {DOMAIN}.Digits (classes, halves, sixteen)",
+        "class_column = Reshape (class_line, column)",
+        *_repeated_lines("row", "zero", "rows", opset),
+        "col_first = Mul (row_runs, col_span)",
+        *_repeated_lines("col", "col_first", "triples", opset),
+        "row_column = Reshape (row_class, column)",
+        "class_matrix = Add (row_column, col_class)",
+        "class = Reshape (class_matrix, any)",
         "roots32 = Cast <to = 6> (roots)",
-        "children32 = Cast <to = 6> (children)",
-        "bytes = Cast <to = 6> (stream)",
-        "sizes_of = Shape (children)",
-        "inner64 = Div (sizes_of, two)",
-        "inner = Cast <to = 6> (inner64)",
-        "node_0 = Gather (roots32, class)",
-        *_ints("start_0", [0], 6, opset),
-    ]
-    for level in range(levels):
-        lines.append(
-            f"node_{level + 1}, start_{level + 1} = {DOMAIN}.Level "
-            f"(bytes, children32, inner, node_{level}, start_{level}, sizes)"
-        )
-    return [
-        *lines,
-        "offset = Gather (layout, four)",
+        "root = Gather (roots32, class)",
+        "at = Mul (root, steps)",
+        "edge = Gather (edges, at)",
+        "own = Gather (counts_line, at)",
+        "node = Sub (edge, own)",
+        f"at_0, node_0, end_0 = {DOMAIN}.Path (bits, edges, rows, at, node, none)",
+        *(
+            f"at_{n + 1}, node_{n + 1}, end_{n + 1} = {DOMAIN}.Levels (bits, edges, rows, at_{n}, node_{n}, end_{n})"
+            for n in range(more)
+        ),
+        # magnitudes up to 3, and what is beyond
+        "leaves32 = Cast <to = 6> (leaves)",
+        f"triple = Gather (leaves32, node_{more})",
+        f"digit = {DOMAIN}.Digits (triple, places, four)",
+        "cut = Div (digit, three)",
+        "cut_node = Sub (cut, one32)",
+        f"tail_last, tail_leaf, tail_end = {DOMAIN}.Path (bits, edges, rows, none, cut_node, end_{more})",
+        "tail_place = Mul (tail_leaf, cut)",
+        "tail_value = Gather (leaves32, tail_place)",
+        "tail = Mul (tail_value, cut)",
+        "size = Add (digit, tail)",
+        # a bit of every number but 0: -1 where it is 0
+        "up = Add (digit, three)",
+        "some = Div (up, four)",
+        "some_node = Sub (some, one32)",
+        f"sign_at, sign, sign_end = {DOMAIN}.Level (bits, edges, rows, none, some_node, tail_end)",
+        "twice = Mul (size, two)",
+        "back = Mul (twice, sign)",
+        "number = Sub (size, back)",
         "offset32 = Cast <to = 6> (offset)",
-        "first = Add (inner, offset32)",
-        f"code = Sub (node_{levels}, first)",
+        "code = Add (number, offset32)",
         "code8 = Cast <to = 2> (code)",
-        "all = Concat <axis = 0> (one, sizes)",
-        "codes = Reshape (code8, all)",
+        "all = Concat <axis = 0> (one, rows, any)",
+        *_cut_lines(ragged, opset),
     ]
 
 
-def _repeated_lines(kind: str, count: str, opset: int) -> list[str]:
-    """``row_class`` or ``col_class``, int32 ``[count]``: each class ``span`` times, cut to the count."""
-    lines = [
-        f"{kind}_once = Cast <to = 6> ({kind}_classes)",
-        f"{kind}_down = Unsqueeze <axes = [1]> ({kind}_once)"
-        if opset < 13
-        else f"{kind}_down = Unsqueeze ({kind}_once, one)",
-        f"{kind}_repeats = Concat <axis = 0> (one, {kind}_span)",
-        f"{kind}_grid = Tile ({kind}_down, {kind}_repeats)",
-        f"{kind}_line = Reshape ({kind}_grid, any)",
+def _chain_lines(step: str, count: int) -> list[str]:
+    """``count`` steps, each one beginning where the one before ended."""
+    names = [["at", "node", "end"], *([f"at{n}", f"node{n}", f"end{n}"] for n in range(1, count))]
+    names.append(["last", "leaf", "stop"])
+    return [
+        f"{', '.join(after)} = {DOMAIN}.{step} (bits, edges, rows, {', '.join(before)})"
+        for before, after in pairwise(names)
     ]
-    if opset >= 10:
-        return [*lines, f"{kind}_class = Slice ({kind}_line, zero, {count})"]
-    return [*lines, *range_lines(f"{kind}_number", count, opset), f"{kind}_class = Gather ({kind}_line, {kind}_number)"]
 
 
 def _level_lines(opset: int) -> list[str]:
-    """One more bit of every code that is not finished: ``node`` is int32 ``[codes]``, ``start`` the bits before."""
-    lines = [
-        *_ints("two", [2], 6, opset),
-        *_ints("eight", [8], 6, opset),
-        *_ints("powers", [1, 2, 4, 8, 16, 32, 64, 128], 6, opset),
-    ]
-    if opset >= 9:
-        lines.append("going = Less (node, inner)")
-    else:  # floats alone can be compared
-        lines += [
-            "node_float = Cast <to = 1> (node)",
-            "inner_float = Cast <to = 1> (inner)",
-            "going = Less (node_float, inner_float)",
-        ]
-    lines.append("alive = Cast <to = 6> (going)")
-    if opset >= _COUNTS_IN_FLOAT:
-        lines += [
-            *_ints("axis", [0], 6, opset),
-            "axis0 = Squeeze (axis)",
-            "count = CumSum (alive, axis0)",
-            *_ints("final", [-1], 7, opset),
-            "total = Gather (count, final)",
-        ]
-    else:
-        lines += _sums(opset)
+    """One more bit of every code that is not finished: ``node`` is int32 ``[codes]``, ``end`` the bits before."""
+    lines = [*_ints("one", [1], _INT32, opset), "edge = Gather (edges, at)", *_below_lines("node", "edge", opset)]
     return [
         *lines,
-        "before = Sub (count, alive)",
-        "at = Add (before, start)",
-        "byte = Div (at, eight)",
-        "whole = Mul (byte, eight)",
-        "shift = Sub (at, whole)",
-        "value = Gather (bytes, byte)",
-        "divisor = Gather (powers, shift)",
-        "moved = Div (value, divisor)",
-        "half = Div (moved, two)",
-        "even = Mul (half, two)",
-        "bit = Sub (moved, even)",
-        "left = Mul (node, two)",
-        "child = Add (left, bit)",
-        "index = Mul (child, alive)",
-        "found = Gather (tree, index)",
-        "change = Sub (found, node)",
-        "move = Mul (change, alive)",
-        "next = Add (node, move)",
-        "end = Add (start, total)",
+        "going = Not (below)",
+        "alive = Cast <to = 6> (going)",
+        *_sums("count", "alive", "rows", opset),
+        "place = Add (count, end)",
+        "bit = Gather (bits, place)",
+        "ahead = Sub (node, edge)",
+        "step = Add (ahead, bit)",
+        "move = Mul (step, alive)",
+        "node_next = Add (node, move)",
+        "end_next = ReduceMax (place)",
+        "at_next = Add (at, one)",
     ]
 
 
-def _sums(opset: int) -> list[str]:
-    """``count``: the running sum of ``alive``, row by row, and ``total``; exact below 2^24 codes a matrix."""
+def _below_lines(left: str, right: str, opset: int) -> list[str]:
+    """``below``: whether ``left`` is less."""
+    if opset >= _LOGIC:
+        return [f"below = Less ({left}, {right})"]
+    floats = [f"{name}_float = Cast <to = 1> ({name})" for name in (left, right)]
+    return [*floats, f"below = Less ({left}_float, {right}_float)"]
+
+
+def _digits_lines(opset: int) -> list[str]:
+    """``digits``, int32: of each value those of all ``places``."""
+    lines = [
+        *_ints("column", [-1, 1], _INT64, opset),
+        *_ints("any", [-1], _INT64, opset),
+        "values32 = Cast <to = 6> (values)",
+        "upright = Reshape (values32, column)",
+        "moved = Div (upright, places)",
+    ]
+    if opset >= _MOD:
+        lines.append("matrix = Mod (moved, base)")
+    else:
+        lines += ["above = Div (moved, base)", "whole = Mul (above, base)", "matrix = Sub (moved, whole)"]
+    return [*lines, "digits = Reshape (matrix, any)"]
+
+
+def _repeated_lines(kind: str, first: str, count: str, opset: int) -> list[str]:
+    """``row_class`` or ``col_class``, int32 ``[count]``: each class ``span`` times, cut out of those of both."""
+    lines = [
+        f"{kind}_repeats = Concat <axis = 0> (one, {kind}_span)",
+        f"{kind}_grid = Tile (class_column, {kind}_repeats)",
+        f"{kind}_line = Reshape ({kind}_grid, any)",
+    ]
+    if opset >= _SLICE_INPUTS:
+        return [
+            *lines,
+            f"{kind}_stop = Add ({first}, {count})",
+            f"{kind}_class = Slice ({kind}_line, {first}, {kind}_stop)",
+        ]
     return [
-        "alive_float = Cast <to = 1> (alive)",
-        "matrix = Reshape (alive_float, sizes)",
-        *_ints("zero", [0], 7, opset),
-        *_ints("one", [1], 7, opset),
-        "cols = Gather (sizes, one)",
-        "rows = Gather (sizes, zero)",
+        *lines,
+        *range_lines(f"{kind}_number", count, opset),
+        f"{kind}_place = Add ({kind}_number, {first})",
+        f"{kind}_class = Gather ({kind}_line, {kind}_place)",
+    ]
+
+
+def _cut_lines(ragged: bool, opset: int) -> list[str]:
+    """The codes as ``[1, rows, cols]``, without what fills the last triples."""
+    if not ragged:
+        return ["codes = Reshape (code8, all)"]
+    lines = ["whole = Reshape (code8, all)"]
+    if opset >= _SLICE_INPUTS:
+        return [*lines, "codes = Slice (whole, zero, cols, two64)"]
+    return [*lines, *range_lines("kept", "cols", opset), "codes = Gather <axis = 2> (whole, kept)"]
+
+
+def _sums(name: str, values: str, rows: str, opset: int) -> list[str]:
+    """``name``: the running sums of int32 values."""
+    if opset < _CUMSUM:
+        return [f"{name} = {DOMAIN}.Sum ({values}, {rows})"]
+    return [f"{name}_axis = Constant <value = int32 {{0}}> ()", f"{name} = CumSum ({values}, {name}_axis)"]
+
+
+def _sum_lines(opset: int) -> list[str]:
+    """Running sums of a matrix in ``rows`` rows, row by row; exact below 2^24."""
+    return [
+        *_ints("one", [1], _INT64, opset),
+        *_ints("zero", [0], _INT64, opset),
+        *_ints("any", [-1], _INT64, opset),
+        "values_float = Cast <to = 1> (values)",
+        "sizes = Concat <axis = 0> (rows, any)",
+        "matrix = Reshape (values_float, sizes)",
+        "shape = Shape (matrix)",
+        "cols = Gather (shape, one)",
         *range_lines("col", "cols", opset),
         *range_lines("row", "rows", opset),
         "col_float = Cast <to = 1> (col)",
@@ -182,19 +263,15 @@ def _sums(opset: int) -> list[str]:
         "lower = Cast <to = 1> (above)",
         "rows_before = MatMul (lower, row_sums)",
         "running = Add (in_row, rows_before)",
-        *_ints("any", [-1], 7, opset),
-        "running_line = Reshape (running, any)",
-        "count = Cast <to = 6> (running_line)",
-        "sum = ReduceSum <axes = [0, 1], keepdims = 0> (matrix)",
-        "sum_line = Unsqueeze <axes = [0]> (sum)",
-        "total = Cast <to = 6> (sum_line)",
+        "line = Reshape (running, any)",
+        "sums = Cast <to = 6> (line)",
     ]
 
 
 def _ints(name: str, values: list[int], kind: int, opset: int) -> list[str]:
     numbers = ", ".join(map(str, values))
-    if opset >= 9:
-        return [f"{name} = Constant <value = {'int64' if kind == 7 else 'int32'}[{len(values)}] {{{numbers}}}> ()"]
+    if opset >= _LOGIC:
+        return [f"{name} = Constant <value = {'int64' if kind == _INT64 else 'int32'}[{len(values)}] {{{numbers}}}> ()"]
     return [  # Constant is floating point only before opset 9
         f"{name}_f = Constant <value = float[{len(values)}] {{{numbers}}}> ()",
         f"{name} = Cast <to = {kind}> ({name}_f)",

@@ -1,175 +1,48 @@
-"""Codes of different lengths: prefix codes of many contexts, laid out so that all codes are read at the same time.
+"""Whole numbers in codes of different lengths, laid out so that all codes are read at the same time.
 
-Frequent codes are short (Huffman 1952). Which tree a code belongs to follows from a class of its row and a class of its
-column, so that where weights are small or inputs weak, codes are shorter still. The bits are stored level by level:
-first the first bit of every code, then the second bit of every code that has one, and so on. A reader that knows how
-many codes are not finished yet finds its bit by a running sum, without reading one code after the other; standard ONNX
-operators can do that (`vqonnx.inflate`). ``docs/format.md`` says the same in words.
+Three neighbouring numbers of a row are a *triple*: one code for their magnitudes, cut to 3, so that a number takes far
+less than a bit where most are zero. Signs and what magnitudes have beyond 3 follow. Which tree a triple's code belongs
+to follows from a class of its row and a class of its columns, so that where weights are small, codes are shorter still.
+
+The bits are stored level by level: first the first bit of every code, then the second bit of every code that has one,
+and so on. A reader that knows how many codes are not finished yet finds its bit by a running sum, without reading one
+code after the other; standard ONNX operators can do that (`vqonnx.inflate`). ``docs/format.md`` says the same in words.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vqonnx.errors import FormError
+from vqonnx.trees import LONGEST_TAIL, Counts, Numbers, Trees, grow
 
-LONGEST = 14  # bits of a code; each is a level of the decoder
-_MOST_NODES = 2**15
-
-Counts = NDArray[np.float64]
-
-
-@dataclass(frozen=True, eq=False)
-class Trees:
-    """Binary trees, one for each class. Node numbers below ``inner`` have two children; ``inner + c`` is the code c.
-
-    Attributes:
-        roots: uint16 ``[classes]``: where a code of each class begins.
-        children: uint16 ``[2 * inner]``: the nodes that follow node n after a 0 and after a 1 are ``[2n]`` and
-            ``[2n + 1]``.
-    """
-
-    roots: NDArray[np.uint16]
-    children: NDArray[np.uint16]
-
-    def __post_init__(self) -> None:
-        for name, array in (("roots", self.roots), ("children", self.children)):
-            if array.dtype != np.uint16 or array.ndim != 1 or not array.size:
-                raise FormError(f"{name} of the trees are {array.dtype}{list(array.shape)}; they must be uint16 [n]")
-        if self.children.size % 2:
-            raise FormError(f"the trees have {self.children.size} children; every node has two")
-        depths = self._depths()
-        if depths is None:
-            raise FormError("a node of the trees is reached twice, or never ends")
-
-    @property
-    def inner(self) -> int:
-        """Nodes with children."""
-        return self.children.size // 2
-
-    @property
-    def levels(self) -> int:
-        """Bits of the longest code."""
-        depths = self._depths()
-        assert depths is not None
-        return max(depths.values(), default=0)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes as stored."""
-        return self.roots.nbytes + self.children.nbytes
-
-    def codewords(self, words: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``[classes, words]``: the length of each code, -1 where there is none, and its bits, the first highest."""
-        lengths = np.full((len(self.roots), words), -1, np.int64)
-        bits = np.zeros((len(self.roots), words), np.int64)
-        for number, root in enumerate(self.roots.tolist()):
-            todo = [(root, 0, 0)]
-            while todo:
-                node, length, value = todo.pop()
-                if node >= self.inner:
-                    if node - self.inner < words:
-                        lengths[number, node - self.inner], bits[number, node - self.inner] = length, value
-                    continue
-                for bit in (0, 1):
-                    todo.append((int(self.children[2 * node + bit]), length + 1, 2 * value + bit))
-        return lengths, bits
-
-    def _depths(self) -> dict[int, int] | None:
-        """The height above its leaves of each inner node that a root reaches; None if there is a cycle."""
-        heights: dict[int, int] = {}
-        for root in set(self.roots.tolist()):
-            stack, path = [(root, False)], set()
-            while stack:
-                node, done = stack.pop()
-                if node >= self.inner or (node in heights and not done):
-                    continue
-                pair = self.children[2 * node : 2 * node + 2].tolist()
-                if done:
-                    path.discard(node)
-                    heights[node] = 1 + max(0 if child >= self.inner else heights[child] for child in pair)
-                    continue
-                if node in path:
-                    return None
-                path.add(node)
-                stack.append((node, True))
-                for child in pair:
-                    if child < self.inner and child in path:
-                        return None
-                    stack.append((child, False))
-        return heights
-
-
-def grow(counts: Counts) -> Trees:
-    """The best trees for codes that occur so often.
-
-    Args:
-        counts: ``[classes, words]``; what never occurs gets no code. A class in which nothing occurs gets the code of
-            the most frequent word, of no bits.
-
-    Raises:
-        FormError: There are too many nodes for 16 bits.
-    """
-    roots: list[tuple[bool, int]] = []  # (is a leaf, number), as are the children in the pairs
-    pairs: list[list[tuple[bool, int]]] = []
-    common = int(np.argmax(counts.sum(axis=0)))
-    for row in counts:
-        alphabet = np.flatnonzero(row > 0)
-        if len(alphabet) <= 1:
-            roots.append((True, int(alphabet[0]) if len(alphabet) else common))
-            continue
-        tree = _huffman(row[alphabet])
-        roots.append((False, len(pairs) + len(tree) - 1))
-        base = len(pairs)
-        pairs += [[(leaf, int(alphabet[at]) if leaf else base + at) for leaf, at in pair] for pair in tree]
-    if not pairs:  # arrays are never empty
-        pairs = [[(True, common), (True, common)]]
-    inner = len(pairs)
-    if inner + counts.shape[1] > _MOST_NODES:
-        raise FormError(f"{inner + counts.shape[1]} nodes in the trees, {_MOST_NODES} at most; choose a larger step")
-    flat = [number + inner * leaf for pair in pairs for leaf, number in pair]
-    return Trees(np.array([number + inner * leaf for leaf, number in roots], np.uint16), np.array(flat, np.uint16))
-
-
-def _huffman(counts: Counts) -> list[list[tuple[bool, int]]]:
-    """The inner nodes of a tree over two or more words, children before parents; no code is longer than `LONGEST`."""
-    weights = counts.astype(np.float64)
-    while True:
-        order = count()
-        heap = [(float(weight), next(order), 0, (True, number)) for number, weight in enumerate(weights)]
-        heapq.heapify(heap)
-        nodes: list[list[tuple[bool, int]]] = []
-        while len(heap) > 1:
-            first, second = heapq.heappop(heap), heapq.heappop(heap)
-            nodes.append([first[3], second[3]])
-            depth = 1 + max(first[2], second[2])
-            heapq.heappush(heap, (first[0] + second[0], next(order), depth, (False, len(nodes) - 1)))
-        if heap[0][2] <= LONGEST:
-            return nodes
-        weights = weights + weights.sum() / 2**LONGEST  # rare words get nearer to the others
+TRIPLE = 3
+CUT = 3  # magnitudes from here on continue in a tail
+MOST_CLASS = 15
+_PLACES = (CUT + 1) ** np.arange(TRIPLE - 1, -1, -1)  # of a triple's digits
+_VALUES = (CUT + 1) ** TRIPLE
+_TAILS = 256 - CUT
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
     """How the codes of a matrix are stored as prefix codes.
 
-    Code ``[r, c]`` belongs to tree ``row_classes[r // row_span] + col_classes[c // col_span]``.
+    Triple ``[r, t]`` belongs to class ``row_classes[r // row_span] + col_classes[t // col_span]``.
 
     Attributes:
-        shape: Rows and columns of the codes.
-        row_classes: uint8 ``[ceil(rows / row_span)]``.
-        col_classes: uint8 ``[ceil(cols / col_span)]``.
-        row_span: Neighbouring rows of one class.
-        col_span: Neighbouring columns of one class, such as the taps of a kernel in the order ``ihw``.
-        trees: Layers share them.
-        offset: What is added to a code to find it in the trees.
+        shape: (rows, cols).
+        row_classes: uint8 ``[ceil(rows / row_span)]``, each at most 15.
+        col_classes: uint8 ``[ceil(triples / col_span)]``, each at most 15; ``triples`` is ``ceil(cols / 3)``.
+        row_span: Rows of a class.
+        col_span: Triples of a class.
+        trees: The codes.
+        offset: The code that stands for the number 0.
     """
 
     shape: tuple[int, int]
@@ -181,85 +54,143 @@ class Prefix:
     offset: int = 0
 
     def __post_init__(self) -> None:
+        sizes = {"rows": self.shape[0], "triples": self.triples}
         spans = (self.row_span, self.col_span)
-        for name, array, size, span in zip(
-            ("rows", "columns"), (self.row_classes, self.col_classes), self.shape, spans, strict=True
-        ):
+        for (name, size), array, span in zip(sizes.items(), (self.row_classes, self.col_classes), spans, strict=True):
             if array.dtype != np.uint8 or array.ndim != 1 or not array.size:
                 raise FormError(f"classes of {name} are {array.dtype}{list(array.shape)}; they must be uint8 [n]")
+            if int(array.max()) > MOST_CLASS:
+                raise FormError(f"class {int(array.max())} of {name}; the largest is {MOST_CLASS}")
             if span < 1 or -(-size // span) != len(array):
                 raise FormError(f"{len(array)} classes for {size} {name}, {span} of them each")
         highest = int(self.row_classes.max()) + int(self.col_classes.max())
         if highest >= len(self.trees.roots):
             raise FormError(f"class {highest} of a code, but there are {len(self.trees.roots)} trees")
-        if self.offset < 0:
-            raise FormError(f"offset is {self.offset}; it must be 0 or more")
+        if not 0 <= self.offset <= 255:
+            raise FormError(f"offset is {self.offset}; it must be 0 to 255")
 
     @property
-    def classes(self) -> NDArray[np.int64]:
-        """``[rows, cols]``: the tree of each code."""
-        return sum_classes(self.shape, self.row_classes, self.col_classes, self.row_span, self.col_span)
+    def triples(self) -> int:
+        """Triples of a row."""
+        return -(-self.shape[1] // TRIPLE)
+
+    @property
+    def classes(self) -> Numbers:
+        """``[rows, triples]``."""
+        return sum_classes(
+            (self.shape[0], self.triples), self.row_classes, self.col_classes, self.row_span, self.col_span
+        )
+
+    @property
+    def packed_classes(self) -> NDArray[np.uint8]:
+        """The classes as stored: rows, then columns, two in a byte, the first in the low half."""
+        both = np.concatenate([self.row_classes, self.col_classes])
+        both = np.append(both, np.zeros(len(both) % 2, np.uint8)).reshape(-1, 2)
+        return np.asarray(both[:, 0] | both[:, 1] << 4, np.uint8)
 
     def write(self, codes: NDArray[Any]) -> NDArray[np.uint8]:
-        """The stored bits of codes ``[rows, cols]``, and one byte more, so that a reader may look beyond the end.
+        """The stored bits of codes ``[rows, cols]``, behind one that says nothing.
 
         Raises:
             FormError: A tree lacks a code that occurs, or the classes do not fit the codes.
         """
         if codes.shape != self.shape:
             raise FormError(f"codes are {list(codes.shape)}, but the classes are for {list(self.shape)}")
-        numbers = codes.astype(np.int64) + self.offset
-        lengths, bits = self.trees.codewords(int(numbers.max()) + 1)
-        classes = self.classes
-        length, word = lengths[classes, numbers].reshape(-1), bits[classes, numbers].reshape(-1)
-        if (length < 0).any():
-            at = int(np.argmin(length))
-            raise FormError(f"tree {int(classes.flat[at])} has no code {int(numbers.flat[at])}")
-        levels = [
-            (word[length > level] >> (length[length > level] - 1 - level)) & 1 for level in range(length.max(initial=0))
-        ]
-        flat = np.concatenate([np.zeros(0, np.uint8), *(level.astype(np.uint8) for level in levels)])
-        return np.append(np.packbits(flat, bitorder="little"), np.uint8(0))
+        numbers, triples, tails = parts_of(codes.astype(np.int64) - self.offset)
+        bits = [np.zeros(1, np.uint8)]
+        bits += self._bits(self.trees.roots[self.classes].reshape(-1), triples.reshape(-1))
+        bits += self._bits(np.zeros(len(tails), np.int64), tails)
+        bits.append((numbers[numbers != 0] < 0).astype(np.uint8))
+        return np.packbits(np.concatenate(bits), bitorder="little")
 
-    def read(self, stream: NDArray[np.uint8]) -> NDArray[np.int64]:
+    def _bits(self, trees: NDArray[Any], values: Numbers) -> Iterator[NDArray[np.uint8]]:
+        """The bits of codes, level by level."""
+        lengths, words = (table[trees, values] for table in self.trees.codewords)
+        if (lengths < 0).any():
+            at = int(np.argmin(lengths))
+            raise FormError(f"tree {int(trees[at])} has no code for {int(values[at])}")
+        for level in range(int(lengths.max(initial=0))):
+            going = lengths > level
+            yield (words[going] >> (lengths[going] - 1 - level) & 1).astype(np.uint8)
+
+    def read(self, stream: NDArray[np.uint8]) -> Numbers:
         """Undo `write`: the codes ``[rows, cols]``.
 
         Raises:
             FormError: The stream is too short.
         """
-        bits = np.unpackbits(stream, bitorder="little")
-        node = self.trees.roots.astype(np.int64)[self.classes].reshape(-1)
-        base, inner = 0, self.trees.inner
-        for _ in range(self.trees.levels):
-            alive = node < inner
-            at = base + np.cumsum(alive) - alive
-            base += int(alive.sum())
-            if base > len(bits):
-                raise FormError(f"the codes take {base} bits or more, but {len(bits)} are stored")
-            bit = bits[np.minimum(at, len(bits) - 1)]
-            node = np.where(alive, self.trees.children.astype(np.int64)[np.where(alive, 2 * node + bit, 0)], node)
-        return (node - inner - self.offset).reshape(self.shape)
+        bits = _Bits(np.unpackbits(stream, bitorder="little").astype(np.int64))
+        edges, leaves = self.trees.edges.reshape(-1), self.trees.leaves.astype(np.int64)
+        at = self.trees.roots[self.classes].reshape(-1).astype(np.int64) * (self.trees.levels + 1)
+        node = edges[at] - self.trees.counts.reshape(-1)[at]
+        triples = leaves[self._descend(node, at, self.trees.levels, bits)]
+        digits = (triples[:, None] // _PLACES % (CUT + 1)).reshape(-1)
+        cut = digits // CUT
+        found = self._descend(cut - 1, np.zeros(1, np.int64), LONGEST_TAIL, bits)
+        numbers = digits + cut * leaves[found * cut]
+        going = numbers > 0
+        numbers[going] *= 1 - 2 * bits.take(int(going.sum()))
+        return numbers.reshape(self.shape[0], -1)[:, : self.shape[1]] + self.offset
+
+    def _descend(self, node: Numbers, at: Numbers, levels: int, bits: _Bits) -> Numbers:
+        """The leaves at which codes end: from ``node``, with the edges of a tree beginning at ``at``."""
+        edges = self.trees.edges.reshape(-1)
+        for level in range(levels):
+            edge = np.broadcast_to(edges[at + level], node.shape)
+            going = node >= edge
+            node = node.copy()
+            node[going] = 2 * node[going] - edge[going] + bits.take(int(going.sum()))
+        return node
+
+
+class _Bits:
+    """Takes bits from a stream in order, the first of which says nothing."""
+
+    def __init__(self, bits: Numbers) -> None:
+        self._bits, self._at = bits, 1
+
+    def take(self, size: int) -> Numbers:
+        self._at += size
+        if self._at > len(self._bits):
+            raise FormError(f"the codes take {self._at} bits or more, but {len(self._bits)} are stored")
+        return self._bits[self._at - size : self._at]
+
+
+def parts_of(numbers: Numbers) -> tuple[Numbers, Numbers, Numbers]:
+    """What codes are made for, from numbers ``[rows, cols]``.
+
+    Returns:
+        The numbers with the last triple of each row filled up, ``[rows, 3 * triples]``; the triples ``[rows, triples]``
+        as numbers below 64; and what magnitudes have beyond 3, row by row.
+    """
+    filled = np.pad(numbers, ((0, 0), (0, -numbers.shape[1] % TRIPLE)))
+    size = np.abs(filled)
+    digits = np.minimum(size, CUT).reshape(len(filled), -1, TRIPLE)
+    return filled, digits @ _PLACES, size[size >= CUT] - CUT
 
 
 def sum_classes(
     shape: tuple[int, int], rows: NDArray[np.uint8], cols: NDArray[np.uint8], row_span: int, col_span: int
-) -> NDArray[np.int64]:
-    """``[rows, cols]``: the class of each code from those of runs of rows and of columns."""
+) -> Numbers:
+    """``[rows, cols]``: the class of each entry from those of runs of rows and of columns."""
     by_row = rows.astype(np.int64)[np.arange(shape[0]) // row_span]
     return by_row[:, None] + cols.astype(np.int64)[np.arange(shape[1]) // col_span]
 
 
-def histogram(codes: NDArray[Any], classes: NDArray[Any], shape: tuple[int, int]) -> Counts:
-    """How often each code occurs in each class, ``shape`` being (classes, words)."""
-    flat = np.ravel(classes).astype(np.int64) * shape[1] + np.ravel(codes).astype(np.int64)
+def histogram(values: NDArray[Any], classes: NDArray[Any], shape: tuple[int, int]) -> Counts:
+    """How often each value occurs in each class, ``shape`` being (classes, values)."""
+    flat = np.ravel(classes).astype(np.int64) * shape[1] + np.ravel(values).astype(np.int64)
     return np.bincount(flat, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
 
 
-def common_trees(parts: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> Trees:
-    """The best trees for several matrices of codes together, each with the classes of its codes."""
-    listed: Sequence[tuple[NDArray[Any], NDArray[Any]]] = list(parts)
-    shape = (
-        max(int(classes.max()) for _, classes in listed) + 1,
-        max(int(codes.max()) for codes, _ in listed) + 1,
-    )
-    return grow(np.sum([histogram(codes, classes, shape) for codes, classes in listed], axis=0))
+def common_trees(matrices: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> Trees:
+    """The best trees for several matrices of numbers together, each with the classes of its triples."""
+    tails = np.zeros(_TAILS)
+    contexts = np.zeros((2 * MOST_CLASS + 1, _VALUES))
+    highest = 0
+    for numbers, classes in matrices:
+        _, triples, more = parts_of(np.asarray(numbers, np.int64))
+        contexts += histogram(triples, classes, contexts.shape)
+        tails += np.bincount(more, minlength=_TAILS)
+        highest = max(highest, int(classes.max()))
+    return grow(tails, contexts[: highest + 1])

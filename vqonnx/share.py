@@ -1,4 +1,4 @@
-"""What layers of one model have in common, so that it is stored once: the trees of prefix codes."""
+"""What layers of one model have in common, so that it is stored once: the trees and the codebook of prefix codes."""
 
 from __future__ import annotations
 
@@ -14,22 +14,29 @@ from vqonnx.prefix import common_trees
 def share_trees(forms: Sequence[Form]) -> list[Form]:
     """The forms with one set of trees for all prefix codes, grown from all of them together.
 
-    Codebooks are laid over each other with their words nearest to zero at one place, so that codes of like values meet.
+    Codebooks that are parts of the longest one, as whole numbers are, become that one.
     """
     coded = [part for form in forms for part in parts_of(form) if part.coding is not None]
     if not coded:
         return list(forms)
-    middles = [int(np.argmin(np.abs(part.codebooks.astype(np.float64)).sum(axis=3))) for part in coded]
-    offsets = {id(part): max(middles) - middle for part, middle in zip(coded, middles, strict=True)}
+    longest = max(coded, key=lambda part: part.words)
+    assert longest.coding is not None
+    offset = longest.coding.offset
     trees = common_trees(
-        (part.codes[0].astype(np.int64) + offsets[id(part)], part.coding.classes)
+        (part.codes[0].astype(np.int64) - part.coding.offset, part.coding.classes)
         for part in coded
         if part.coding is not None
     )
 
     def shared(form: Form) -> Form:
         if isinstance(form, Coded) and form.coding is not None:
-            return replace(form, coding=replace(form.coding, trees=trees, offset=offsets[id(form)]))
+            coding = replace(form.coding, trees=trees)
+            first = offset - coding.offset
+            words = longest.codebooks[:, :, max(first, 0) : first + form.words]
+            if first < 0 or not np.array_equal(words, form.codebooks):
+                return replace(form, coding=coding)
+            codes = (form.codes + np.uint8(first)).astype(np.uint8)
+            return replace(form, codes=codes, codebooks=longest.codebooks, coding=replace(coding, offset=offset))
         if isinstance(form, Product):
             return replace(form, left=shared(form.left), right=shared(form.right))
         if isinstance(form, Blocks):

@@ -14,18 +14,22 @@ from typing import ClassVar
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from vqonnx.ecsq import Quantised, quantise
+from vqonnx.ecsq import Quantised, exponent_of, quantise
 from vqonnx.errors import OptionError
+from vqonnx.feedback import Frame
 from vqonnx.form import Coded
 from vqonnx.method import Budgeted, Layer, LeftAlone, Needs, Offer, check_range
 from vqonnx.prefix import Prefix, common_trees
-from vqonnx.refine import Target, refit, target_of
+from vqonnx.refine import Target, target_of
 
 _EXPONENTS = np.arange(-5, 2.51, 0.125)  # of 2, for steps in units of the root mean square of the weights
 _TRIED = (-5.0, -3.0, -1.5, -0.5, 0.25, 1.0, 1.75, 2.5)
-_SEARCH = 8
+_SEARCH = 10
+_CLOSE = 0.02  # octaves between a step that is too small and one that fits
+_LARGE, _MORE = 2**15, 4  # weights of a layer from which on `beam` holds; smaller ones have so many times as much
+_ENOUGH, _AIM = 0.985, 0.995  # of a budget
 _MOST_BITS = 32  # a small layer takes more than the 7 that its levels can, with what it has besides
-_FIXED = 60  # bytes that a layer takes besides: its codebook, and its part of the trees
+_FIXED = 20  # bytes that a layer takes besides: its part of the trees and of the codebook
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Entropy(Budgeted):
         step: The step of a layer in units of the root mean square of its weights; None finds the one that ``bits``
             allow.
         sweeps: Of coordinate descent.
+        beam: Choices that a row of weights keeps while they are decided one after the other; small layers have more.
         asymmetric: Aim at the output of the original layer on the original input.
     """
 
@@ -45,6 +50,7 @@ class Entropy(Budgeted):
     bits: float = 2.0
     step: float | None = None
     sweeps: int = 2
+    beam: int = 16
     asymmetric: bool = True
 
     @property
@@ -61,14 +67,16 @@ class Entropy(Budgeted):
         if self.step is not None and not 0 < self.step < 100:
             raise OptionError(f"method '{self.id}': step is {self.step:g}; choose a number above 0, such as 0.5")
         check_range(self, "sweeps", 1, 100)
+        check_range(self, "beam", 1, 1024)
 
     def offers(self, layer: Layer) -> list[Offer]:
         with threadpool_limits(limits=1):
             target = target_of(layer, 1, asymmetric=False)
+            frame = Frame.of(target)
             sizes, errors = [], []
             for exponent in _TRIED:
-                form = self._form(layer, target, float(2**exponent), sweeps=0)
-                missed = target.weight - form.decode()
+                form = self._form(layer, target, frame, float(2**exponent), quick=True)
+                missed = target.weight[:, : layer.weight.shape[1]] - form.decode()
                 sizes.append(float(_bytes(form)))
                 errors.append(sum(float(np.einsum("ij,ij->", missed[r] @ m, missed[r])) for r, m in target.parts()))
         # Between steps that were tried, bytes and the logarithm of the error are nearly straight lines.
@@ -82,56 +90,76 @@ class Entropy(Budgeted):
     def encode(self, layer: Layer) -> Coded:
         with threadpool_limits(limits=1):
             target = target_of(layer, 1, asymmetric=self.asymmetric)
+            frame = Frame.of(target)
             if self.step is not None:
-                return self._form(layer, target, self.step, self.sweeps)
-            return self._within(layer, target, self.bits * layer.weight.size / 8)
+                return self._form(layer, target, frame, self.step)
+            return self._within(layer, target, frame, self.bits * layer.weight.size / 8)
 
-    def _within(self, layer: Layer, target: Target, budget: float) -> Coded:
-        """The form of the smallest step that keeps within the budget of bytes."""
+    def _within(self, layer: Layer, target: Target, frame: Frame, budget: float) -> Coded:
+        """The form of the smallest step that keeps within the budget of bytes, or nearly so."""
         low, high = float(_EXPONENTS[0]), float(_EXPONENTS[-1]) + 4
+        side = _FIXED + layer.weight.size / 1000  # bytes that are not codes, a guess
+        middle = exponent_of(max(8 * (budget - side) / layer.weight.size, 0))
         best = None
         for _ in range(_SEARCH):
-            middle = (low + high) / 2
-            form = self._form(layer, target, 2**middle, self.sweeps)
-            if _bytes(form) <= budget:
+            middle = min(max(middle, low), high)
+            form = self._form(layer, target, frame, 2**middle)
+            size = _bytes(form)
+            if size <= budget:
                 best, high = form, middle
             else:
                 low = middle
-        if best is None or (not best.codebooks.any() and layer.weight.any()):
-            least = _bytes(self._form(layer, target, 1.0, 0))  # a step as large as the weights
+            if high - low < _CLOSE or _ENOUGH * budget <= size <= budget:
+                break
+            # The rate of other steps, from how far that of this one is from what was expected.
+            shift = middle - exponent_of(8 * (size - side) / layer.weight.size)
+            middle = shift + exponent_of(max(8 * (_AIM * budget - side) / layer.weight.size, 0))
+            if not low < middle < high:
+                middle = (low + high) / 2
+        if best is None or (best.words == 1 and layer.weight.any()):
+            least = _bytes(self._form(layer, target, frame, 1.0, quick=True))  # a step as large as the weights
             bits = ceil(800 * least / layer.weight.size) / 100
             raise LeftAlone(f"{self.bits:g} bits a weight are {budget:.0f} bytes, too few; set bits={bits:g}")
         return best
 
-    def _form(self, layer: Layer, target: Target, step: float, sweeps: int) -> Coded:
+    def _form(self, layer: Layer, target: Target, frame: Frame, step: float, *, quick: bool = False) -> Coded:
         size = step * float(np.sqrt(np.mean(layer.weight.astype(np.float64) ** 2)) or 1.0)
         taps = prod(layer.kernel) if self.order == "ihw" else 1
-        return _store(target, quantise(target, size, taps, sweeps=sweeps), size)
+        more = min(max(_LARGE // layer.weight.size, 1), _MORE)
+        sweeps, beam = (0, 1) if quick else (self.sweeps, self.beam * more)
+        return _store(
+            target, quantise(target, size, taps, sweeps=sweeps, beam=beam, learn=not quick, frame=frame), size
+        )
 
 
 def _store(target: Target, made: Quantised, step: float) -> Coded:
-    """The form, with values of least squares for the levels that occur."""
-    least, most = int(made.levels.min()), int(made.levels.max())
-    codes = made.levels - least
-    words = step * np.arange(least, most + 1, dtype=np.float64)[:, None]
-    words = refit(target, codes, words) if len(words) > 1 else words
-    stored = np.where(np.arange(least, most + 1)[:, None] == 0, 0.0, words)
+    """The form: levels as codes, and the step that makes the error smallest."""
+    levels = made.levels
+    most = int(np.abs(levels).max())
+    error, energy = 0.0, 0.0
+    for rows, metric in target.parts():
+        seen = levels[rows] @ metric
+        error += float(np.einsum("ij,ij->", seen, target.weight[rows]))
+        energy += float(np.einsum("ij,ij->", seen, levels[rows]))
+    best = step if energy <= 0 or error <= 0 else error / energy
     return Coded(
-        codes.astype(np.uint8)[None],
-        stored.astype(np.float16)[None, None],
-        codes.shape[1],
-        coding=Prefix(
-            (codes.shape[0], codes.shape[1]),
+        (levels + most).astype(np.uint8)[None],
+        np.arange(-most, most + 1, dtype=np.float16)[None, None, :, None],
+        levels.shape[1],
+        np.array([[best]], np.float16),
+        Prefix(
+            (levels.shape[0], levels.shape[1]),
             made.row_classes,
             made.col_classes,
             made.row_span,
             made.col_span,
-            common_trees([(codes, made.classes)]),
+            common_trees([(levels, made.classes)]),
+            most,
         ),
     )
 
 
 def _bytes(form: Coded) -> int:
-    """Without the trees, which layers share."""
+    """With a part of what layers share."""
     assert form.coding is not None
-    return form.nbytes - form.coding.trees.nbytes + _FIXED
+    return form.nbytes - form.coding.trees.nbytes - form.codebooks.nbytes + _FIXED
