@@ -80,6 +80,7 @@ def test_the_command_writes_table_and_json(tmp_path: Path, capsys: pytest.Captur
     assert "method 'pq' has no bits to share" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what older versions of matplotlib call
 def test_a_plot_is_drawn(found: tuple[vqonnx.LayerAnalysis, ...], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="drawing is an extra")
     plot(found, tmp_path / "layers.png")
