@@ -2,7 +2,8 @@
 
 Young et al. 2021 (arXiv 2009.01174): the error of the network's output is taken as the sum of what each unit adds, and
 bytes go where they save most of it. What a layer takes in the end differs from what it offered, so the rest is shared
-out anew after each.
+out anew after each, in units of what those before took for what they offered. The last layers, often a small classifier,
+must not pay for all that a large one took too much, so what is left for them may not move far.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from collections.abc import Mapping, Sequence
 from math import ceil
 
 from vqonnx.errors import OptionError
-from vqonnx.lagrange import allocate, least_rate
+from vqonnx.lagrange import Curve, allocate, least_rate
 from vqonnx.menu import Menu
 from vqonnx.method import Budgeted, Method, Offer
 
 # The codebooks of whole numbers, float16, for 1 to 8 bits: equal ones are stored once for the whole model.
 _CODEBOOK_BYTES = 2 * (2**9 - 2)
 _ROUNDING = 1e-4  # bits of a layer are written with four digits, rounded up
+_RESERVE = 0.01  # of what layers may take by their bits, for those that take more than is left
+_MOVE = 0.1  # of what layers would have had at the start, up or down
+_UNLIKE = 0.7, 1.4  # a layer may take so many times what it offered
 
 
 class Sharing:
@@ -37,6 +41,9 @@ class Sharing:
         self._menus = menus
         self._left: dict[Method, float] = {}
         self._todo: dict[Method, list[int]] = {}
+        self._offered: dict[int, float] = {}
+        self._ratios: dict[int, float] = {}  # what a layer took for each byte that it had offered, when it last did
+        self._start: dict[int, float] = {}  # what a layer would have had
 
     @property
     def least(self) -> float:
@@ -64,6 +71,9 @@ class Sharing:
         for method, numbers in self._todo.items():
             assert isinstance(method, Budgeted)
             self._left[method] = self._from_bits(method, numbers) if limit is None else limit
+            curves = self._curves(numbers)
+            picks = allocate(curves, max(self._left[method], least_rate(curves)))
+            self._start |= {n: float(c.rates[at]) for n, c, at in zip(numbers, curves, picks, strict=True)}
 
     def choose(self, number: int) -> Offer | None:
         """What layer ``number`` gets of what is left; None where it does not share."""
@@ -71,9 +81,13 @@ class Sharing:
             return None
         method, menu = self._methods[number], self._menus[number]
         todo = self._todo[method]
-        curves = [self._menus[other].weighted for other in todo]
-        picks = allocate(curves, max(self._left[method], least_rate(curves)))
-        return menu.offers[int(menu.curve.choices[picks[todo.index(number)]])]
+        curves = self._curves(todo)
+        start = sum(self._start[other] for other in todo)
+        budget = min(max(self._left[method], (1 - _MOVE) * start), (1 + _MOVE) * start)
+        picks = allocate(curves, max(budget, least_rate(curves)))
+        pick = picks[todo.index(number)]
+        self._offered[number] = float(menu.curve.rates[pick])
+        return menu.offers[int(menu.curve.choices[pick])]
 
     def spend(self, number: int, taken: float) -> None:
         """Layer ``number`` is encoded, in so many bytes."""
@@ -81,19 +95,33 @@ class Sharing:
             method = self._methods[number]
             self._left[method] -= taken
             self._todo[method] = [other for other in self._todo[method] if other != number]
+            if taken and self._offered[number]:
+                self._ratios[number] = min(max(taken / self._offered[number], _UNLIKE[0]), _UNLIKE[1])
+
+    def _curves(self, numbers: Sequence[int]) -> list[Curve]:
+        """Rates as they are expected to be, errors as they are in the network's output."""
+        known = [(self._ratios[n], self._offered[n]) for n in self._ratios]
+        weight = sum(offered for _, offered in known)
+        mean = sum(ratio * offered for ratio, offered in known) / weight if weight else 1.0
+        curves = []
+        for number in numbers:
+            curve = self._menus[number].weighted
+            curves.append(Curve(curve.rates * self._ratios.get(number, mean), curve.errors, curve.choices))
+        return curves
 
     def _from_bits(self, method: Budgeted, numbers: Sequence[int]) -> float:
         weights = sum(self._menus[number].weights for number in numbers)
         curves = [self._menus[number].curve for number in numbers]
         spare = _CODEBOOK_BYTES + _ROUNDING * weights / 8
-        budget = method.bits * weights / 8 - spare
+        budget = (1 - _RESERVE) * (method.bits * weights / 8 - spare)
         if budget < least_rate(curves):
-            bits = ceil(800 * (least_rate(curves) + spare) / weights) / 100
+            bits = ceil(800 * (least_rate(curves) / (1 - _RESERVE) + spare) / weights) / 100
             raise OptionError(
                 f"method '{method.id}': bits is {method.bits:g}, but these {len(numbers)} layers take at least "
                 f"{bits:g} bits a weight; choose {bits:g} or more"
             )
-        most = ceil(800 * (sum(curve.rates[-1] for curve in curves) + spare) / max(weights, 1)) / 100
+        all_of_them = sum(curve.rates[-1] for curve in curves) / (1 - _RESERVE)
+        most = ceil(800 * (all_of_them + spare) / max(weights, 1)) / 100
         if method.bits > max(most, 8):
             raise OptionError(
                 f"method '{method.id}': bits is {method.bits:g}, but these {len(numbers)} layers have use for at most "

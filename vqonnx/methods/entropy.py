@@ -126,9 +126,9 @@ class Entropy(Budgeted):
         size = step * float(np.sqrt(np.mean(layer.weight.astype(np.float64) ** 2)) or 1.0)
         taps = prod(layer.kernel) if self.order == "ihw" else 1
         more = min(max(_LARGE // layer.weight.size, 1), _MORE)
-        sweeps, beam = (0, 1) if quick else (self.sweeps, self.beam * more)
+        sweeps, beam = (0, more) if quick else (self.sweeps, self.beam * more)
         return _store(
-            target, quantise(target, size, taps, sweeps=sweeps, beam=beam, learn=not quick, frame=frame), size
+            target, quantise(target, size, taps, sweeps=sweeps, beam=beam, learn=not quick or more > 1, frame=frame), size
         )
 
 
