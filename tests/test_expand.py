@@ -48,7 +48,7 @@ def decoded_weights(path: Path) -> list[np.ndarray]:
             for attribute in node.attribute:
                 if attribute.HasField("g"):
                     read(attribute.g.node, arrays | nets.weights_of(attribute.g))
-            if node.domain == "vqonnx":
+            if node.domain == "vqonnx" and not node.op_type.startswith("Depthwise"):  # these have a dense weight
                 first = 0 if node.op_type == "Decode" else 1  # a fused op has X in front
                 weights.append(_decode(node, *(arrays[name] for name in node.input[first : first + 4])))
 
