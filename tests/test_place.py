@@ -111,6 +111,8 @@ def rewrite(
     """Replace every weight and check the result; the model itself is changed and given back."""
     placements = []
     for site in find(model, folder).sites:
+        if site.depthwise:  # most methods leave these alone
+            continue
         view = site.view(order)
         form = exact(view.matrix(site.read()))
         np.testing.assert_array_equal(view.tensor(form.decode()), site.read(), err_msg=f"{site.name}: not exact")

@@ -41,7 +41,7 @@ def test_the_bytes_are_those_of_the_form(data: st.DataObject) -> None:
         codes=np.zeros((stages, rows, groups), np.uint8),
         codebooks=np.zeros((stages, books, words, width), kind),
         cols=cols,
-        scales=np.ones((scales, 1), kind) if scales else None,
+        scales=np.full((scales, 1), 2, kind) if scales else None,
     )
     item = np.dtype(kind).itemsize
     expected = coded_bytes(rows, cols, words=words, width=width, stages=stages, books=books, item=item, scales=scales)

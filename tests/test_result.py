@@ -216,7 +216,7 @@ def slow(*arguments, **options):
 setattr(import_module({module!r}), {name!r}, slow)
 sys.exit(main(["compress", {source!r}, {output!r}, "--method", "kmeans", "--bits", "2", "--quiet"]))
 """
-_PLACES = (("vqonnx.compress", "_encode"), ("vqonnx.result", "compare"))
+_PLACES = (("vqonnx.encode", "_encode"), ("vqonnx.result", "compare"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")

@@ -2,8 +2,8 @@
 
 Young et al. 2021 (arXiv 2009.01174): the error of the network's output is taken as the sum of what each unit adds, and
 bytes go where they save most of it. What a layer takes in the end differs from what it offered, so the rest is shared
-out anew after each, in units of what those before took for what they offered. The last layers, often a small classifier,
-must not pay for all that a large one took too much, so what is left for them may not move far.
+out anew after each, in units of what those before took for what they offered. The last layers, often a small
+classifier, must not pay for all that a large one took too much, so what is left for them may not move far.
 """
 
 from __future__ import annotations

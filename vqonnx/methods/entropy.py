@@ -22,7 +22,7 @@ from vqonnx.method import Budgeted, Layer, LeftAlone, Needs, Offer, check_range
 from vqonnx.prefix import Prefix, common_trees
 from vqonnx.refine import Target, target_of
 
-_EXPONENTS = np.arange(-5, 2.51, 0.125)  # of 2, for steps in units of the root mean square of the weights
+_EXPONENTS = np.arange(-5, 2.51, 1 / 32)  # of 2, for steps in units of the root mean square of the weights
 _TRIED = (-5.0, -3.0, -1.5, -0.5, 0.25, 1.0, 1.75, 2.5)
 _SEARCH = 10
 _CLOSE = 0.02  # octaves between a step that is too small and one that fits
@@ -128,7 +128,9 @@ class Entropy(Budgeted):
         more = min(max(_LARGE // layer.weight.size, 1), _MORE)
         sweeps, beam = (0, more) if quick else (self.sweeps, self.beam * more)
         return _store(
-            target, quantise(target, size, taps, sweeps=sweeps, beam=beam, learn=not quick or more > 1, frame=frame), size
+            target,
+            quantise(target, size, taps, sweeps=sweeps, beam=beam, learn=not quick or more > 1, frame=frame),
+            size,
         )
 
 

@@ -1,9 +1,13 @@
-"""Weights of a compressed model as functions of their codebooks: the codes are fixed, the codebooks may move."""
+"""Weights of a compressed model as functions of their codebooks: the codes are fixed, the codebooks may move.
+
+Prefix codes stand for multiples of a step, in one codebook of whole numbers for the whole model; there the steps move,
+one for each layer, which are the scales of the ``Decode`` nodes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,15 +84,34 @@ class FixedCodes:
 
 @dataclass(frozen=True, eq=False)
 class _Decode:
-    """A ``Decode`` node: the blocks of a matrix, and how it becomes a tensor."""
+    """A ``Decode`` node: the blocks of a matrix, and how it becomes a tensor.
+
+    Attributes:
+        blocks: The codes; without scales where these move.
+        moving: Name of the initializer that moves: the codebooks, or the scales of prefix codes.
+        uses: How many blocks each of its words has, or how many weights each scale.
+        steps: The codebooks, where the scales move.
+        split: Axes of the matrix.
+        perm: Their order in the tensor.
+    """
 
     blocks: FixedCodes
-    codebooks: str
+    moving: str
+    uses: Tensor
+    steps: Tensor | None
     split: tuple[int, ...]
     perm: tuple[int, ...]
 
     def compute(self, values: Mapping[str, Tensor]) -> Tensor:
-        return self.blocks.decode(values[self.codebooks]).reshape(self.split).permute(self.perm)
+        if self.steps is None:
+            matrix = self.blocks.decode(values[self.moving])
+        else:
+            matrix = self.blocks.decode(self.steps) * values[self.moving]
+        return matrix.reshape(self.split).permute(self.perm)
+
+    def to(self, device: str | torch.device) -> _Decode:
+        steps = None if self.steps is None else self.steps.to(device)
+        return replace(self, blocks=self.blocks.to(device), steps=steps)
 
 
 class CodedWeight:
@@ -97,7 +120,7 @@ class CodedWeight:
     Attributes:
         name: Its name.
         shape: Its shape.
-        books: Names of the initializers that hold its codebooks.
+        books: Names of the initializers that move: those that hold its codebooks, or the scales of prefix codes.
     """
 
     def __init__(self, weight: StoredWeight, model: ModelProto) -> None:
@@ -106,7 +129,7 @@ class CodedWeight:
         self.name, self.shape = weight.name, weight.shape
         self._decodes = {n.output[0]: _read(weight, n, model) for n in weight.nodes if n.op_type == "Decode"}
         tables = {} if self._decodes else _tables(weight)
-        self.books = tuple(dict.fromkeys([*(d.codebooks for d in self._decodes.values()), *tables]))
+        self.books = tuple(dict.fromkeys([*(d.moving for d in self._decodes.values()), *tables]))
         for name in self.books:
             if name not in weight.scope.initializers:
                 raise ModelError(f"{weight.name}: its codebook '{name}' is no initializer; compress the model again")
@@ -117,7 +140,7 @@ class CodedWeight:
             )
         self.uses = {name: torch.zeros((), dtype=torch.int64) for name in self.books}
         for decode in self._decodes.values():
-            self.uses[decode.codebooks] = self.uses[decode.codebooks] + decode.blocks.uses
+            self.uses[decode.moving] = self.uses[decode.moving] + decode.uses
         for name, index in tables.items():
             assert self._rest is not None
             codes, words = self._rest.values[index].long().reshape(-1), weight.scope.initializers[name].dims[0]
@@ -135,7 +158,7 @@ class CodedWeight:
     def to(self, device: str | torch.device) -> None:
         """Move what is fixed to a device."""
         for output, decode in self._decodes.items():
-            self._decodes[output] = _Decode(decode.blocks.to(device), decode.codebooks, decode.split, decode.perm)
+            self._decodes[output] = decode.to(device)
         if self._rest is not None:
             self._rest.to(device)
 
@@ -238,9 +261,15 @@ def _read(weight: StoredWeight, node: NodeProto, model: ModelProto) -> _Decode:
     codebooks, scales = (weight.constant(name) for name in node.input[1:3])
     bits, cols, *split = (int(number) for number in weight.constant(node.input[3]))
     groups = -(-cols // codebooks.shape[3])
+    place = tuple(split), tuple(attributes(node)["perm"])
+    values = unpack(codes, bits, groups)
+    if made:  # prefix codes
+        blocks = FixedCodes.of(Coded(values, codebooks, cols))
+        uses = torch.full((scales.size,), values.size // scales.size)
+        return _Decode(blocks, node.input[2], uses, torch.from_numpy(codebooks.astype(np.float32)), *place)
     plain = scales.size == 1 and scales.item() == 1
-    form = Coded(unpack(codes, bits, groups), codebooks, cols, None if plain else scales)
-    return _Decode(FixedCodes.of(form), node.input[1], tuple(split), tuple(attributes(node)["perm"]))
+    blocks = FixedCodes.of(Coded(values, codebooks, cols, None if plain else scales))
+    return _Decode(blocks, node.input[1], blocks.uses, None, *place)
 
 
 def _tables(weight: StoredWeight) -> dict[str, str]:
