@@ -152,7 +152,7 @@ def main() -> None:
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
     for case in cases or [case for case in CASES if not result_path(case).exists()]:
-        environment = {key: value for key, value in os.environ.items() if key != "VQONNX_ISA"}
+        environment = {key: value for key, value in os.environ.items() if key not in ("VQONNX_ISA", "VQONNX_PRECISION")}
         if case.isa is not None:
             environment["VQONNX_ISA"] = case.isa
         command = [

@@ -1,4 +1,4 @@
-// The kernels for AVX2 with FMA. Everything is in unnamed namespaces except the table, see STYLE.md, section 5.
+// The kernels for AVX2 with FMA. Everything is in unnamed namespaces except the table, see docs/kernels.md.
 #include <immintrin.h>
 
 #include "kernels.h"

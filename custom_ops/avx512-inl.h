@@ -1,5 +1,5 @@
 // The vocabulary of kernels-inl.h and tile-inl.h for AVX-512 (F, BW, DQ, VL), which two tables share.
-// No include guard and no standard library on purpose: see STYLE.md, section 5.
+// No include guard and no standard library on purpose: see docs/kernels.md.
 #include <immintrin.h>
 
 #include "kernels.h"

@@ -1,5 +1,5 @@
-// The kernels for AVX-512 (F, BW, DQ, VL). Everything is in unnamed namespaces except the table, see STYLE.md,
-// section 5.
+// The kernels for AVX-512 (F, BW, DQ, VL). Everything is in unnamed namespaces except the table:
+// see docs/kernels.md.
 #include "avx512-inl.h"
 
 namespace vqonnx {

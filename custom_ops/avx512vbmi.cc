@@ -1,5 +1,5 @@
 // The kernels for AVX-512 with VBMI and VNNI: those of avx512.cc, and products by table lookup. Everything is in
-// unnamed namespaces except the table, see STYLE.md, section 5.
+// unnamed namespaces except the table, see docs/kernels.md.
 // clang-format off
 #include "avx512-inl.h"
 #include "scalar-vbmi-inl.h"

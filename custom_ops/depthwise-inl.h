@@ -7,7 +7,7 @@
 // The image is read where it is: a vector of outputs of one row takes for each tap a vector of the image, without the
 // lanes that lie outside of it. Nothing is read or laid out twice, and no pad exists in memory.
 //
-// No include guard and no standard library on purpose: see STYLE.md, section 5.
+// No include guard and no standard library on purpose: see docs/kernels.md.
 
 namespace vqonnx {
 namespace {

@@ -1,7 +1,7 @@
 // Products of a few vectors with rows of a coded matrix, without decoding the matrix: each word is multiplied from
 // where it stands in the codebook. For small batches, over the vocabulary of kernels-inl.h and tile-inl.h.
 //
-// No include guard and no standard library on purpose: see STYLE.md, section 5.
+// No include guard and no standard library on purpose: see docs/kernels.md.
 
 namespace vqonnx {
 namespace {

@@ -8,7 +8,7 @@
 //   DecodeScalarCodes(...)     whether it has done the work of DecodeRow, where the form allows something better
 //   LoadTurned(row, out)       out[j] has, of each i < Wide::kLanes, value j < 8 of row(i)
 //
-// No include guard and no standard library on purpose: see STYLE.md, section 5.
+// No include guard and no standard library on purpose: see docs/kernels.md.
 
 namespace vqonnx {
 namespace {

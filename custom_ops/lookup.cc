@@ -16,8 +16,8 @@ constexpr double kMostInt16 = 32767.0;
 constexpr float kMostRounded = 32766.9F;  // so that a product with a rounded quotient stays below
 // Dot products stay so far below 2^31 that rounding cannot carry them over it.
 constexpr double kMostProduct = 2147483648.0 - 8388608.0;
-// Magnitudes that squares and scales can represent.
-constexpr float kHuge = 1e18F, kTiny = 1e-25F;
+// Magnitudes whose squares float can represent.
+constexpr float kHuge = 1e18F, kTiny = 1e-18F;
 // Inputs that share a scale, and so feel the largest of them.
 constexpr size_t kChunkInputs = 512;
 constexpr size_t kFetchedEarly = 16384;

@@ -88,7 +88,7 @@ class Lookup {
   std::vector<Set> sets_;
   std::vector<Tile> tiles_;
   std::vector<Class> classes_;
-  std::vector<std::uint8_t, OnLine<std::uint8_t>> codes_;               // and 8 KB that may be fetched early
+  std::vector<std::uint8_t, OnLine<std::uint8_t>> codes_;               // and 16 KB that may be fetched early
   std::vector<std::vector<std::int16_t, OnLine<std::int16_t>>> words_;  // [stages * books]
   std::vector<const std::int16_t*> block_words_;                        // [stages][tap_blocks]
   const float* scales_;

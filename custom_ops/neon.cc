@@ -1,5 +1,5 @@
-// The kernels for NEON, which every 64-bit ARM has. Everything is in unnamed namespaces except the table, see STYLE.md,
-// section 5.
+// The kernels for NEON, which every 64-bit ARM has. Everything is in unnamed namespaces except the table:
+// see docs/kernels.md.
 #include <arm_neon.h>
 
 #include "kernels.h"

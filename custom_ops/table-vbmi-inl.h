@@ -107,9 +107,8 @@ void BuildTable(const BuildTables& b) {
     VQONNX_UNROLL
     for (std::size_t i = 0; i < 16; ++i) sums[i] = start;
     for (std::size_t pair = 0; pair < b.pairs; ++pair) {
-      int both;
-      __builtin_memcpy(&both, x + pair * 2, sizeof(both));
-      const __m512i value = _mm512_set1_epi32(both);
+      const auto low = static_cast<std::uint16_t>(x[pair * 2]), high = static_cast<std::uint16_t>(x[pair * 2 + 1]);
+      const __m512i value = _mm512_set1_epi32(static_cast<int>(low | static_cast<std::uint32_t>(high) << 16));
       VQONNX_UNROLL
       for (std::size_t i = 0; i < 16; ++i) {
         AddProducts(sums[i], value, book + (pair * kTableWords + i * 16) * 2);

@@ -27,6 +27,14 @@ void CheckError(const Kernels& kernels, const Node& node, const std::string& wha
   error = RelativeError(run(Precision::kTables, x), run(Precision::kExact, x));
   if (!(error <= 1e-3))
     Fail(kernels, node.sample, what + " by tables, with one input of 1000, is off by " + std::to_string(error));
+  for (const float size : {1e-12F, 1e-18F, 1e-21F, 1e-24F, 1e12F}) {  // the squares of some are beyond float
+    for (float& value : x) value = size * Value(random, false);
+    error = RelativeError(run(Precision::kTables, x), run(Precision::kExact, x));
+    if (!(error <= 3e-4))
+      Fail(kernels, node.sample,
+           what + " by tables, with inputs of 1e" + std::to_string(static_cast<int>(std::log10(size))) +
+               ", is off by " + std::to_string(error));
+  }
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 //   LoadPart(p, n), StorePart(p, n, a)   the first n < kLanes lanes
 //   kTileVectors, kTileCount        the tile: so many vectors wide, so many rows high
 //
-// No include guard and no standard library on purpose: see STYLE.md, section 5.
+// No include guard and no standard library on purpose: see docs/kernels.md.
 
 namespace vqonnx {
 namespace {

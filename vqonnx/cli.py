@@ -115,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "round biases to float16, which takes half the bytes with --compact (default with a target)"
     add("--half-biases", action=argparse.BooleanOptionalAction, default=None, help=text)
     add("--permute", action="store_true", help="put channels into an order that is easier to code, where outputs stay")
+    text = "then move the codebooks to the original's outputs (needs PyTorch); kept where inputs held out agree better"
+    add("--distill", action="store_true", help=text)
     add("--json", action="store_true", help="print JSON")
 
     add = _command(commands, "analyze", run.run_analyze, "which layers hurt when they are compressed")

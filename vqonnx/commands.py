@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from vqonnx import modelfile, show
 from vqonnx.analysis import analyze, override_table, plot
@@ -31,7 +31,11 @@ from vqonnx.methods import DQC, METHODS, Best, method_by_name
 from vqonnx.place import Target
 from vqonnx.published import import_kill_the_bits
 from vqonnx.report import report, sizes_json
+from vqonnx.result import Result
 from vqonnx.verify import compare, junit
+
+if TYPE_CHECKING:
+    from vqonnx.training.last_step import LastStep
 
 FAILED = 1  # exit code of a check that failed
 
@@ -40,6 +44,8 @@ def run_compress(options: argparse.Namespace) -> int:
     """Compress a model, check it and show what came out."""
     config = read_config(options.config) if options.config else Config()
     modelfile.check_output(options.output, options.model)
+    if options.distill and options.calibration is None:
+        raise OptionError("--distill needs calibration data; give --calibration")
     with _progress(options, "compress") as progress:
         result = compress(
             options.model,
@@ -63,10 +69,14 @@ def run_compress(options: argparse.Namespace) -> int:
             jobs=options.jobs if options.jobs is not None else os.cpu_count() or 1,
             progress=progress,
         )
+    step = _last_step(options, result) if options.distill else None
+    result = result if step is None else step.result
     saved = result.save(options.output, verify=not options.no_verify, rtol=options.check_rtol, atol=options.check_atol)
     if options.json:
         content = sizes_json(result.bytes_before, saved.bytes, result.layers, result.skipped)
         content["parts"] = breakdown(result.model)
+        if step is not None:
+            content["distill"] = step.to_json()
         content["verify"] = None if saved.comparison is None else saved.comparison.to_json()
         _print_json(content)
     elif not options.quiet:
@@ -76,7 +86,33 @@ def run_compress(options: argparse.Namespace) -> int:
         if saved.comparison is not None:
             data = "generated inputs" if options.calibration is None else "calibration data"
             show.moved(saved.comparison, data)
+        if step is not None:
+            show.line(str(step))
     return 0
+
+
+def _last_step(options: argparse.Namespace, result: Result) -> LastStep:
+    """Distil what was compressed, within the size that was asked for."""
+    try:
+        from vqonnx.training.last_step import last_step
+    except ModuleNotFoundError as error:
+        raise _without_torch("--distill", error) from error
+    limits = _limits(options)
+    with _progress(options, "distill") as progress:
+        return last_step(
+            result,
+            options.calibration,
+            batch=options.batch,
+            largest=None if limits is None else limits.bytes_of(result.bytes_before),
+            progress=progress and (lambda done, total, text: progress(done - 1, total, text)),
+        )
+
+
+def _without_torch(what: str, error: ModuleNotFoundError) -> Exception:
+    """What to say where a module is missing."""
+    if error.name != "torch":
+        return error
+    return OptionError(f"{what} needs PyTorch; install it with: pip install 'vqonnx[distill]'")
 
 
 def _target(name: str) -> Target:
@@ -139,9 +175,7 @@ def run_distill(options: argparse.Namespace) -> int:
         from vqonnx.training.distill import distill
         from vqonnx.training.recipe import Recipe
     except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise OptionError("distill needs PyTorch; install it with: pip install 'vqonnx[distill]'") from error
+        raise _without_torch("distill", error) from error
     modelfile.check_output(options.output, options.original)
     modelfile.check_output(options.output, options.compressed)
     names = [field.name for field in fields(Recipe) if getattr(options, field.name, None) is not None]
@@ -179,9 +213,7 @@ def run_train_dqc(options: argparse.Namespace) -> int:
         from vqonnx.training.loop import Schedule
         from vqonnx.training.samples import Samples
     except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise OptionError("train-dqc needs PyTorch; install it with: pip install 'vqonnx[distill]'") from error
+        raise _without_torch("train-dqc", error) from error
     modelfile.check_output(options.output, options.model)
     method = cast(DQC, method_by_name("dqc", {"bits": options.bits, "zero": not options.no_zero, "fit": "paper"}))
     samples = Samples(

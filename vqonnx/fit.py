@@ -44,6 +44,10 @@ class Limits:
     data: Any = None
     labels: Sequence[int] | np.ndarray | None = None
 
+    def bytes_of(self, before: int) -> int | None:
+        """The most bytes that the file of a model of ``before`` bytes may have; None if only the loss is limited."""
+        return int(before / self.ratio) if self.ratio is not None else self.size
+
     def __post_init__(self) -> None:
         given = [name for name in ("size", "ratio", "drop") if getattr(self, name) is not None]
         if len(given) != 1:
@@ -108,8 +112,8 @@ def _within(attempt: Callable[[float | None], Result], limits: Limits, sharing: 
         result = attempt(budget)
         tried.add(budget)
         if wanted is None:
-            assert limits.ratio is not None
-            wanted = int(result.bytes_before / limits.ratio)
+            wanted = limits.bytes_of(result.bytes_before)
+            assert wanted is not None
         size = result.model.ByteSize()
         _log.info("%d bytes for the layers make a file of %d, %d are wanted", budget, size, wanted)
         smallest = size if smallest is None else min(smallest, size)

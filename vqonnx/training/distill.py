@@ -79,6 +79,7 @@ def distill(
     data: Any,
     recipe: Recipe | None = None,
     *,
+    held_out: Any = None,
     checkpoint: Path | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -92,6 +93,7 @@ def distill(
         compressed: Path of the compressed model, of any target.
         data: Unlabelled inputs, as for ``compress(calibration=...)``; all of them are held in memory.
         recipe: Steps, rates and what moves.
+        held_out: Inputs on which the losses before and after are taken; None takes some of ``data``.
         checkpoint: File in which the state is kept (and beside it one with ``.layers`` after its name), and from which
             a run goes on.
         device: Where PyTorch computes.
@@ -114,7 +116,7 @@ def distill(
     teacher = Teacher(teacher_path, data, device=device)
     recipe = recipe.scaled(teacher.count)
     student = Student(proto, path, coded, recipe, _originals(teacher_path, coded, path, device), device)
-    judged = teacher.sample(_JUDGED)
+    judged = (teacher if held_out is None else Teacher(teacher_path, held_out, device=device)).sample(_JUDGED)
     before = student.judge(judged)
     settings = _settings(recipe, teacher_path, path, teacher)
     histories = []
