@@ -132,6 +132,30 @@ def test_compress_options(
         assert layer["options"] | options == layer["options"], layer["name"]
 
 
+def test_speed_is_codes_of_one_length_in_fused_layers(run: Run, out: Path) -> None:
+    arguments = (
+        "compress",
+        nets.MLP,
+        out,
+        "--calibration",
+        nets.CALIBRATION,
+        "--target-ratio",
+        8,
+        "--optimize",
+        "speed",
+    )
+    code, text, _ = run(*arguments, "--json")
+    assert code == 0
+    layers = json.loads(text)["layers"]
+    assert {layer["method"] for layer in layers} <= {"refined", "rtn"}
+    assert {layer["options"]["order"] for layer in layers} == {"hwi"}
+    assert all(layer["fused"] for layer in layers)
+    assert out.stat().st_size <= nets.MLP.stat().st_size / 8
+    code, text, _ = run(*arguments, "--set", "codes=prefix", "--json")
+    assert code == 0
+    assert {layer["method"] for layer in json.loads(text)["layers"]} <= {"entropy", "rtn"}
+
+
 def test_compress_reads_the_configuration(run: Run, source: Path, out: Path, tmp_path: Path) -> None:
     config = tmp_path / "c.toml"
     config.write_text(
@@ -420,6 +444,9 @@ def test_a_model_cut_anywhere(share: float, refuse: Any, source: Path, out: Path
         (("--exclude", "nothing*"), r"pattern 'nothing\*' matches none"),
         (("--exclude", "*"), r"no layer can be compressed \(conv_w.*: excluded; depth_w: depthwise.*--allow-unchanged"),
         (("--method", "svd", "--set", "rank=900"), r"conv_w: rank 900 is more than the \d+ of .*; choose 1 to \d+"),
+        (("--optimize", "fun"), "--optimize fun: choose size or speed"),
+        (("--optimize", "speed"), "--optimize speed is for method best, which needs calibration data"),
+        (("--distill",), "--distill needs calibration data; give --calibration"),
         (("--config", "missing.toml"), r"missing\.toml: cannot be read \(No such file or directory\); give"),
     ],
 )

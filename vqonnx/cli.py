@@ -115,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "round biases to float16, which takes half the bytes with --compact (default with a target)"
     add("--half-biases", action=argparse.BooleanOptionalAction, default=None, help=text)
     add("--permute", action="store_true", help="put channels into an order that is easier to code, where outputs stay")
+    text = "size (default), or speed with the library: codes of one length along the channels, and fused layers"
+    add("--optimize", default="size", metavar="WHAT", help=text)
     text = "then move the codebooks to the original's outputs (needs PyTorch); kept where inputs held out agree better"
     add("--distill", action="store_true", help=text)
     add("--json", action="store_true", help="print JSON")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 from vqonnx import modelfile, show
 from vqonnx.analysis import analyze, override_table, plot
+from vqonnx.arguments import limits_of, method_of, quick_method, shapes_of, target_of
 from vqonnx.bench import bench
 from vqonnx.breakdown import breakdown
 from vqonnx.compact_file import compact_file
@@ -20,15 +21,13 @@ from vqonnx.compress import compress
 from vqonnx.config import Config, read_config
 from vqonnx.errors import OptionError
 from vqonnx.expand import expand
-from vqonnx.fit import Limits, parse_size
 from vqonnx.fuse import fuse
 from vqonnx.generate import generate_feeds
 from vqonnx.graph import LINEAR
 from vqonnx.labels import read_labels
 from vqonnx.menu import Progress
-from vqonnx.method import Budgeted, Method
+from vqonnx.method import Budgeted
 from vqonnx.methods import DQC, METHODS, Best, method_by_name
-from vqonnx.place import Target
 from vqonnx.published import import_kill_the_bits
 from vqonnx.report import report, sizes_json
 from vqonnx.result import Result
@@ -46,23 +45,26 @@ def run_compress(options: argparse.Namespace) -> int:
     modelfile.check_output(options.output, options.model)
     if options.distill and options.calibration is None:
         raise OptionError("--distill needs calibration data; give --calibration")
+    if options.optimize not in ("size", "speed"):
+        raise OptionError(f"--optimize {options.optimize}: choose size or speed")
+    quick = options.optimize == "speed"
     with _progress(options, "compress") as progress:
         result = compress(
             options.model,
-            _method(options, config),
+            quick_method(options, config) if quick else method_of(options, config),
             calibration=options.calibration,
             include=[*config.include, *options.include],
             exclude=[*config.exclude, *options.exclude],
             op_types=options.op_types or config.op_types or LINEAR,
             overrides=config.overrides,
-            target=_target(options.target or config.target or "hybrid"),
-            limits=_limits(options),
+            target=target_of(options.target or config.target or "hybrid"),
+            limits=limits_of(options),
             seed=options.seed if options.seed is not None else config.seed or 0,
             batch=options.batch,
-            input_shapes=_shapes(options.input_shapes),
+            input_shapes=shapes_of(options.input_shapes),
             allow_unchanged=options.allow_unchanged,
-            fuse=options.fuse,
-            compact=options.compact,
+            fuse=True if quick and options.fuse is None else options.fuse,
+            compact=False if quick and options.compact is None else options.compact,
             half_biases=options.half_biases,
             permute=options.permute,
             cache=options.cache,
@@ -97,7 +99,7 @@ def _last_step(options: argparse.Namespace, result: Result) -> LastStep:
         from vqonnx.training.last_step import last_step
     except ModuleNotFoundError as error:
         raise _without_torch("--distill", error) from error
-    limits = _limits(options)
+    limits = limits_of(options)
     with _progress(options, "distill") as progress:
         return last_step(
             result,
@@ -115,35 +117,10 @@ def _without_torch(what: str, error: ModuleNotFoundError) -> Exception:
     return OptionError(f"{what} needs PyTorch; install it with: pip install 'vqonnx[distill]'")
 
 
-def _target(name: str) -> Target:
-    if name not in get_args(Target):
-        raise OptionError(f"target '{name}' is unknown; choose one of {', '.join(get_args(Target))}")
-    return cast(Target, name)
-
-
-def _method(options: argparse.Namespace, config: Config) -> Method | None:
-    """The method that command line and configuration ask for; None leaves the choice to `compress`."""
-    name = options.method or config.method
-    same = options.method in (None, config.method)  # options of the file belong to its method
-    values: dict[str, Any] = dict(config.options) if same else {}
-    for setting in options.set:
-        key, sign, value = setting.partition("=")
-        if not sign:
-            raise OptionError(f"--set {setting}: write it as option=value")
-        values[key] = value
-    if options.bits is not None:
-        values["bits"] = options.bits
-    if options.width is not None:
-        values["width"] = options.width
-    if name is None and not values:
-        return None
-    return method_by_name(name or ("pq" if options.calibration is None else "best"), values)
-
-
 def run_analyze(options: argparse.Namespace) -> int:
     """Show which layers hurt, and write the table for ``--config``."""
     options.width = None
-    method = _method(options, Config()) or Best()
+    method = method_of(options, Config()) or Best()
     if not isinstance(method, Budgeted):
         raise OptionError(f"method '{method.id}' has no bits to share; choose best, entropy or transform")
     with _progress(options, "analyze") as progress:
@@ -250,7 +227,7 @@ def run_train_dqc(options: argparse.Namespace) -> int:
 def run_verify(options: argparse.Namespace) -> int:
     """Compare two models; exit code 1 if a limit is not kept."""
     _check_models(options)
-    feeds = options.data or generate_feeds(options.original, shapes=_shapes(options.input_shapes), seed=0)
+    feeds = options.data or generate_feeds(options.original, shapes=shapes_of(options.input_shapes), seed=0)
     labels = None if options.labels is None else read_labels(options.labels)
     comparison = compare(
         options.original,
@@ -305,7 +282,7 @@ def run_fuse(options: argparse.Namespace) -> int:
         options.output,
         undo=options.undo,
         verify=not options.no_verify,
-        input_shapes=_shapes(options.input_shapes),
+        input_shapes=shapes_of(options.input_shapes),
     )
     if options.json:
         _print_json({"layers": dict(made.layers), "bytes": made.bytes})
@@ -316,7 +293,7 @@ def run_fuse(options: argparse.Namespace) -> int:
 
 def run_compact(options: argparse.Namespace) -> int:
     """Make everything but the weights of a file smaller."""
-    shapes = _shapes(options.input_shapes)
+    shapes = shapes_of(options.input_shapes)
     made = compact_file(options.model, options.output, verify=not options.no_verify, input_shapes=shapes)
     if options.json:
         _print_json(made.to_json())
@@ -329,7 +306,7 @@ def run_compact(options: argparse.Namespace) -> int:
 def run_import(options: argparse.Namespace) -> int:
     """Put a published checkpoint into a graph."""
     modelfile.check_output(options.output, options.model)
-    shapes, target = _shapes(options.input_shapes), _target(options.target)
+    shapes, target = shapes_of(options.input_shapes), target_of(options.target)
     result = import_kill_the_bits(
         options.checkpoint, options.model, target=target, fuse=options.fuse, input_shapes=shapes
     )
@@ -353,7 +330,7 @@ def run_bench(options: argparse.Namespace) -> int:
         feeds=options.data,
         threads=options.threads or 1,
         rounds=options.rounds,
-        shapes=_shapes(options.input_shapes),
+        shapes=shapes_of(options.input_shapes),
     )
     if options.json:
         _print_json(result.to_json())
@@ -369,36 +346,10 @@ def run_methods(options: argparse.Namespace) -> int:
     return 0
 
 
-def _limits(options: argparse.Namespace) -> Limits | None:
-    """What the user allows the file; None if nothing is said."""
-    given = {"size": options.target_size, "ratio": options.target_ratio, "drop": options.max_drop}
-    if all(value is None for value in given.values()):
-        if options.data is not None or options.labels is not None:
-            raise OptionError("--data and --labels are for --max-drop; 'vqonnx verify' compares a file that is there")
-        return None
-    size = None if options.target_size is None else parse_size(options.target_size)
-    labels = None if options.labels is None else read_labels(options.labels)
-    return Limits(size=size, ratio=options.target_ratio, drop=options.max_drop, data=options.data, labels=labels)
-
-
 def _check_models(options: argparse.Namespace) -> None:
     """Refuse files that are no models in our words, before onnxruntime does in its own."""
     for path in (options.original, options.compressed):
         modelfile.load(path)
-
-
-def _shapes(texts: Sequence[str]) -> dict[str, list[int]] | None:
-    """``name:1x3x224x224`` as a dict; None without any."""
-    shapes = {}
-    for text in texts:
-        name, _, sizes = text.rpartition(":")
-        try:
-            shapes[name] = [int(size) for size in sizes.replace(",", "x").split("x") if size]
-        except ValueError:
-            name = ""
-        if not name:
-            raise OptionError(f"--input-shapes {text}: write it as name:1x3x224x224")
-    return shapes or None
 
 
 def _print_json(content: dict[str, Any]) -> None:

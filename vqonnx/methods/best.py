@@ -23,6 +23,7 @@ from vqonnx.refine import target_of
 # (width, bits) of codes of one length, from the smallest. A codebook must not cost more than the codes that use it.
 _SIZES = ((4, 3), (4, 4), (2, 2), (4, 5), (3, 4), (4, 6), (3, 5), (2, 4), (3, 6), (4, 8), (2, 5), (1, 2), (2, 6))
 _SCALAR = ((1, 3), (1, 4), (1, 5), (1, 6))
+_WIDE = ((8, 6), (8, 8))  # along the input channels, where kernels have tables for such blocks
 _MOST_BITS = 32
 
 
@@ -58,7 +59,8 @@ class Best(Budgeted):
         if self.codes == "prefix":
             return [*Entropy(order=self.order, asymmetric=self.asymmetric).offers(layer), *fine]
         vectors = layer.weight.size
-        sizes = [(w, b) for w, b in (*_SIZES, *_SCALAR) if w <= layer.weight.shape[1] and w * 2**b * w <= vectors // 2]
+        choices = (*_SIZES, *_SCALAR, *(_WIDE if self.order == "hwi" else ()))
+        sizes = [(w, b) for w, b in choices if w <= layer.weight.shape[1] and w * 2**b * w <= vectors // 2]
         methods = [Refined(self.order, w, b, asymmetric=self.asymmetric) for w, b in sizes]
         return [*(_offer(layer, replace(method, rounds=1, asymmetric=False), method) for method in methods), *fine]
 
