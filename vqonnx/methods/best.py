@@ -14,7 +14,7 @@ import numpy as np
 
 from vqonnx.errors import OptionError
 from vqonnx.form import Form
-from vqonnx.method import Budgeted, Layer, LeftAlone, Method, Needs, Offer
+from vqonnx.method import Budgeted, Layer, LeftAlone, Method, Needs, Offer, check_range
 from vqonnx.methods.entropy import Entropy
 from vqonnx.methods.refined import Refined
 from vqonnx.methods.rtn import RTN
@@ -34,6 +34,7 @@ class Best(Budgeted):
     Attributes:
         bits: Stored bits for each weight: an average over the layers of a model.
         codes: ``prefix`` codes, which differ in length, or codes of one length (``fixed``).
+        beam: Choices that a row of weights keeps while prefix codes are chosen: fewer are faster, and less exact.
         asymmetric: Aim at the output of the original layer on the original input.
     """
 
@@ -42,6 +43,7 @@ class Best(Budgeted):
     depthwise: ClassVar[bool] = True
     bits: float = 2.5
     codes: Literal["prefix", "fixed"] = "prefix"
+    beam: int = 16
     asymmetric: bool = True
 
     @property
@@ -51,13 +53,15 @@ class Best(Budgeted):
     def __post_init__(self) -> None:
         if not 0 < self.bits <= _MOST_BITS:
             raise OptionError(f"method '{self.id}': bits is {self.bits:g}; choose more than 0, and up to {_MOST_BITS}")
+        check_range(self, "beam", 1, 1024)
 
     def offers(self, layer: Layer) -> list[Offer]:
         if layer.depthwise:
             return [_offer(layer, RTN(order=self.order))]
         fine = [_offer(layer, RTN(self.order, bits)) for bits in (7, 8)]  # beyond what 256 multiples of a step can do
         if self.codes == "prefix":
-            return [*Entropy(order=self.order, asymmetric=self.asymmetric).offers(layer), *fine]
+            chosen = Entropy(order=self.order, beam=self.beam, asymmetric=self.asymmetric)
+            return [*chosen.offers(layer), *fine]
         vectors = layer.weight.size
         choices = (*_SIZES, *_SCALAR, *(_WIDE if self.order == "hwi" else ()))
         sizes = [(w, b) for w, b in choices if w <= layer.weight.shape[1] and w * 2**b * w <= vectors // 2]
