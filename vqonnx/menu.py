@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from joblib import Parallel, delayed
+from joblib.parallel import get_active_backend
 from onnx import ModelProto
 
 from vqonnx.calibrate import Walk
@@ -117,7 +118,10 @@ def read_menus(
                 waiting.append((number, energy, factor))
                 yield delayed(_tried)(layers, cache)
 
-    for offers in Parallel(n_jobs=jobs, return_as="generator", pre_dispatch=2 * jobs)(tasks()):
+    # Ray's workers, like those of multiprocessing, give their results only together.
+    together = not get_active_backend()[0].supports_return_generator
+    parallel = Parallel(n_jobs=jobs, return_as="list" if together else "generator", pre_dispatch=2 * jobs)
+    for offers in parallel(tasks()):
         number, energy, factor = waiting.popleft()
         site = plan[number][0]
         fitting = [at for at, offer in enumerate(offers) if offer.bytes + OVERHEAD < site.nbytes]
