@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 import vqonnx
+from vqonnx import modelfile
 from vqonnx.errors import OptionError
 from vqonnx.fit import Limits, parse_size
+from vqonnx.graph import find
 from vqonnx.method import Method
 from vqonnx.methods import PQ, Best, Entropy, Transform
 
@@ -115,3 +117,18 @@ def test_sizes_as_users_write_them(text: str, size: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(OptionError, match="is not understood; write it like 300KB"):
         parse_size(text)
+
+
+def test_few_calibration_rows_are_said_and_damped(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    few = images(64)
+    for options in ({"limits": Limits(ratio=10)}, {}):
+        caplog.clear()
+        method = Best() if options else PQ()
+        vqonnx.compress(MLP, method, calibration=few, **options).save(tmp_path / "small.onnx")
+        said = [record.message for record in caplog.records if "calibration rows" in record.message]
+        wide = [site.name for site in find(modelfile.load(MLP), MLP.parent).sites if site.view("ihw").cols > 64]
+        assert said == [
+            f"{name}: 64 calibration rows for {cols} columns, "
+            "so its inputs are known in part and damped; more data help"
+            for name, cols in zip(wide, (512, 256), strict=True)
+        ]

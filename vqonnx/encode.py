@@ -19,7 +19,7 @@ from vqonnx.calibrate import Walk
 from vqonnx.dual import DualWalk
 from vqonnx.form import Form, stored_arrays
 from vqonnx.graph import Site, Skipped
-from vqonnx.menu import Plan, Progress, layer_of
+from vqonnx.menu import Plan, Progress, layer_of, warn_of_few
 from vqonnx.method import Budgeted, Layer, LeftAlone, Method, Needs
 from vqonnx.moments import Moments, snr_db
 from vqonnx.pair import multiplications
@@ -95,6 +95,8 @@ def encode_layers(
                 moments = walk.observe(site, method.order)
             elif walk is not None and method.needs is Needs.MOMENTS:
                 _log.warning("%s: in a subgraph or function, so its inputs are not observed", site.name)
+            if sharing is None:  # otherwise that was said when the menus were read
+                warn_of_few(site, moments)
             layer = replace(layer_of(plan, number, method, moments, seed), cross=cross)
             try:
                 form, size = _encode(layer, method, site, stored)

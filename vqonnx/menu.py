@@ -132,6 +132,17 @@ def read_menus(
     return _with_factors(found)
 
 
+def warn_of_few(site: Site, moments: Moments | None) -> None:
+    """Say where a layer sees fewer rows than it has columns: what is not seen is made up for by damping."""
+    if moments is not None and moments.rows < moments.cols:
+        _log.warning(
+            "%s: %d calibration rows for %d columns, so its inputs are known in part and damped; more data help",
+            site.name,
+            moments.rows,
+            moments.cols,
+        )
+
+
 def _look(
     plan: Plan, number: int, walk: Walk, probe: Probe, seed: int
 ) -> tuple[list[tuple[Budgeted, Layer]], float, float | None]:
@@ -142,6 +153,7 @@ def _look(
     if not np.isfinite(weight).all():
         return [], 0.0, None
     moments = walk.observe(site, method.order) if walk.can_observe(site) else None
+    warn_of_few(site, moments)
     layers = [(variant, layer_of(plan, number, variant, moments, seed)) for variant in method.variants]
     shaken = noisy(weight, seed + number)
     seen = site.view(method.order)  # as the moments are
