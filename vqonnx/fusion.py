@@ -172,6 +172,9 @@ class _Graph:
         self.writer = Writer(all_names(model))
         listed = {value.name for value in model.graph.input}
         self._fixed = {name for name in self._scope.initializers if name not in listed}
+        # onnxruntime folds Inflate when it loads a file, before the library looks at constants.
+        inflated = (n for n in self.nodes if (n.domain, n.op_type) == (DOMAIN, "Inflate"))
+        self._known = self._fixed.union(*(n.output for n in inflated if self._fixed.issuperset(n.input)))
         self._decodes: dict[str, tuple[NodeProto, tuple[int, ...]]] = {}
         for node in self.nodes:
             shape = self._weight_shape(node)
@@ -237,7 +240,7 @@ class _Graph:
 
     def _weight_shape(self, node: NodeProto) -> tuple[int, ...] | None:
         """Shape of the weight that a Decode node yields from constants; None for other nodes."""
-        if (node.domain, node.op_type) != (DOMAIN, "Decode") or not self._fixed.issuperset(node.input):
+        if (node.domain, node.op_type) != (DOMAIN, "Decode") or not self._known.issuperset(node.input):
             return None
         if len(node.input) != 4 or len(node.output) != 1:
             return None
