@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("network", nargs="*", choices=[*FLOORS, "table", []])
     parser.add_argument("--only", metavar="POINT", help="a size, or one of the baselines")
-    parser.add_argument("--codes", choices=("prefix", "fixed"), default="prefix")
+    parser.add_argument("--codes", choices=("fixed", "prefix"), default="fixed")
     parser.add_argument("--inside", action="store_true", help="make the point in this process (used by this program)")
     chosen = parser.parse_args()
     if chosen.network == ["table"]:
@@ -75,7 +75,7 @@ def main() -> None:
     for network in chosen.network or FLOORS:
         points = [chosen.only] if chosen.only else [*FLOORS[network], *AIMS[network], *BASELINES]
         for point in points:
-            path = RESULTS / f"{network}_{point}{'' if chosen.codes == 'prefix' else '_fixed'}.json"
+            path = RESULTS / f"{network}_{point}{'' if chosen.codes == 'fixed' else '_prefix'}.json"
             if chosen.inside:
                 make(network, point, chosen.codes, path)
             elif not path.exists():
@@ -202,7 +202,7 @@ def print_table() -> None:
             kind, asked = _asked(network, e["point"])
             names = {"int8": "onnxruntime int8 QDQ", "rtn4": "round to nearest, 4 bits", "pq": "k-means PQ, 4 x 8 bits"}
             label = names.get(e["point"], "bgd criterion" if e["point"] == "bgd" else f"best, {e['point']}")
-            label += ", codes of one length" if e["codes"] == "fixed" and e["point"] not in BASELINES else ""
+            label += ", prefix codes" if e["codes"] == "prefix" and e["point"] not in BASELINES else ""
             met = ""
             if asked:
                 value = (FLOORS[network] | AIMS[network])[e["point"]]
@@ -227,7 +227,7 @@ def _plot() -> None:
     figure, axes = plt.subplots(1, len(FLOORS), figsize=(4 * len(FLOORS), 3.6))
     for axis, network in zip(axes, FLOORS, strict=True):
         entries = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob(f"{network}_*.json")]
-        for codes, label, marker in (("prefix", "best", "o"), ("fixed", "best, codes of one length", ".")):
+        for codes, label, marker in (("fixed", "best", "o"), ("prefix", "best, prefix codes", ".")):
             ours = [e for e in entries if e["point"] not in BASELINES and e["codes"] == codes]
             if ours:
                 line = sorted((e["bytes"] / 1000, e["top1"]) for e in ours)

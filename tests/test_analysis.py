@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nets
 import numpy as np
@@ -15,7 +17,7 @@ from vqonnx.analysis import analyze, override_table, plot
 from vqonnx.cli import main
 from vqonnx.config import read_config
 from vqonnx.errors import OptionError
-from vqonnx.methods import PQ, Best, Entropy
+from vqonnx.methods import PQ, Best, Entropy, Transform
 
 CALIBRATION = [{"image": nets.images(64)}]
 
@@ -85,6 +87,46 @@ def test_a_plot_is_drawn(found: tuple[vqonnx.LayerAnalysis, ...], tmp_path: Path
     pytest.importorskip("matplotlib", reason="drawing is an extra")
     plot(found, tmp_path / "layers.png")
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_that_cannot_be_drawn(found: tuple[vqonnx.LayerAnalysis, ...], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="drawing is an extra")
+    with pytest.raises(OptionError, match=r"layers\.abc: matplotlib does not write such files; give a name"):
+        plot(found, tmp_path / "layers.abc")
+
+
+def test_names_and_values_that_toml_writes_in_its_own_way(
+    found: tuple[vqonnx.LayerAnalysis, ...], tmp_path: Path
+) -> None:
+    method = Transform(blocks=None)
+    layer = replace(found[0], name='a "name"\n\x7f\\ü', method=method)
+    table = tmp_path / "layers.toml"
+    table.write_text(override_table([layer]), encoding="utf-8")
+    (override,) = read_config(table).overrides
+    assert (override.pattern, override.method) == (layer.name, method)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "seed is -1; choose 0 to 2147483647"),
+        ({"batch": 0}, "batch is 0; choose 1 or more"),
+        ({"jobs": 0}, "jobs is 0; choose 1 or more"),
+        ({"method": Entropy(step=0.5)}, "method 'entropy' with these options has no bits to share; leave out"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        analyze(nets.MLP, calibration=CALIBRATION, **options)
+
+
+def test_paths_that_cannot_be_written_are_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in ("--output", "--plot"):
+        arguments = ["analyze", str(nets.MLP), "--calibration", "nowhere.npz", option, str(tmp_path / "no" / "a.png")]
+        assert main(arguments) == 2
+        assert "does not exist; make it first" in capsys.readouterr().err
 
 
 def test_methods_without_bits_to_share_are_refused() -> None:

@@ -649,6 +649,14 @@ def test_out_of_memory(run: Run, source: Path, out: Path, monkeypatch: pytest.Mo
     assert err.startswith("vqonnx: out of memory; use fewer")
 
 
+def test_data_and_labels_without_a_drop(refuse: Any, source: Path, out: Path, images: Path) -> None:
+    size = ("--calibration", images, "--target-size", "5KB")
+    for option in ("--data", "--labels"):
+        says = "--data and --labels are for --max-drop, which is not given; leave them out"
+        refuse("compress", source, out, *size, option, images, says=says)
+        refuse("compress", source, out, option, images, says="--data and --labels are for --max-drop; 'vqonnx verify'")
+
+
 def test_compressed_models(refuse: Any, small: Path, source: Path, out: Path) -> None:
     refuse("compress", small, out, says=r"made\.onnx: is already compressed by vqonnx; 'vqonnx expand'")
     refuse("report", source, says=r"mixed\.onnx: holds no weight that vqonnx compressed; give a file")

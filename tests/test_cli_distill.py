@@ -146,3 +146,10 @@ def test_without_pytorch_there_is_one_line(small: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "vqonnx: distill needs PyTorch; install it with: pip install 'vqonnx[distill]'\n"
+
+
+def test_compress_says_so_before_the_work(tmp_path: Path) -> None:
+    words = ["compress", str(MLP), str(tmp_path / "out.onnx"), "--calibration", "nowhere.npz", "--distill"]
+    done = subprocess.run([sys.executable, "-c", _WITHOUT_TORCH, *words], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "vqonnx: --distill needs PyTorch; install it with: pip install 'vqonnx[distill]'\n"

@@ -29,7 +29,7 @@ import vqonnx
 from vqonnx.errors import DataError, ModelError, OptionError
 from vqonnx.graph import find
 from vqonnx.method import Method
-from vqonnx.methods import BGD, PQ, KMeans, Residual
+from vqonnx.methods import BGD, PQ, Best, KMeans, Residual
 from vqonnx.place import Target
 from vqonnx.record import KEY, LayerRecord
 from vqonnx.result import Result
@@ -218,9 +218,10 @@ def test_the_seed_decides_the_bytes(method: str, mixed: Path, tmp_path: Path) ->
 
 
 _OTHER_PROCESS = """
-import sys
+import logging, sys
 sys.path[:] = {path!r}
 import nets, vqonnx
+logging.disable(logging.WARNING)  # so few images are warned of
 from test_compress import METHODS
 for name, method in METHODS.items():
     for model in (nets.MLP, "{mixed}"):
@@ -416,8 +417,22 @@ def test_calibration_data_pick_the_method() -> None:
         vqonnx.compress(MLP, BGD())
 
 
+def test_the_written_file_is_checked_on_each_of_the_first_batches_once() -> None:
+    batches = [{"image": image[None]} for image in nets.images(12)]
+    for method in (Best(bits=5, beam=1), BGD(bits=2, first=True)):  # reads the data several times, or once
+        result = vqonnx.compress(MLP, method, calibration=batches, include=["fc3*"])
+        np.testing.assert_array_equal(
+            np.concatenate([feed["image"] for feed in result.check_feeds]), nets.images(8), strict=True
+        )
+
+
 def test_data_that_do_not_fit(mixed: Path) -> None:
-    for feeds in ([], [{"z": np.zeros(3)}], [{"x": np.zeros((1, 4, 8, 9), np.float32)}]):
+    for feeds in (
+        [],
+        [{"x": np.zeros((0, 4, 8, 8), np.float32)}],
+        [{"z": np.zeros(3)}],
+        [{"x": np.zeros((1, 4, 8, 9), np.float32)}],
+    ):
         with pytest.raises(DataError):
             vqonnx.compress(mixed, calibration=feeds)
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import nets
 import numpy as np
+import onnx
 import pytest
 
 import vqonnx
-from vqonnx import modelfile
-from vqonnx.errors import OptionError
-from vqonnx.fit import Limits, parse_size
+from vqonnx import menu, modelfile
+from vqonnx.allocate import Sharing
+from vqonnx.errors import DataError, OptionError, VqonnxError
+from vqonnx.fit import Limits, fit, parse_size
 from vqonnx.graph import find
 from vqonnx.method import Method
-from vqonnx.methods import PQ, Best, Entropy, Transform
+from vqonnx.methods import BGD, PQ, Best, Entropy, Transform
 
 MLP = nets.MLP
 
@@ -74,6 +78,68 @@ def test_the_cache_gives_the_same_file(tmp_path: Path) -> None:
     assert sorted(cache.iterdir()) == kept
 
 
+def test_a_damaged_cache_is_made_anew(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    fresh = compressed(Limits(ratio=12), cache=cache).model.SerializeToString()
+    kept = {path: path.read_bytes() for path in sorted(cache.iterdir())}
+    damages = [b"", b"[[", b"\xff", b"[1]", b'[["nobody", {}, 1, 1]]', b'[["entropy", 3, 1, 1]]', b"{}3"]
+    for path, damage in zip(kept, damages, strict=False):
+        path.write_bytes(damage)
+    assert compressed(Limits(ratio=12), cache=cache).model.SerializeToString() == fresh
+    assert {path: path.read_bytes() for path in sorted(cache.iterdir())} == kept
+    file = tmp_path / "file.json"
+    for damage in damages:
+        file.write_bytes(damage)
+        assert menu._load(file) is None, damage
+    with pytest.raises(OptionError, match=r"file\.json: cannot be the folder of a cache \(File exists\); choose"):
+        compressed(Limits(ratio=12), cache=file)
+
+
+def test_a_process_that_was_killed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any, **__: Any) -> Any:
+        raise BrokenProcessPool("a worker process was terminated")
+
+    monkeypatch.setattr(menu, "Parallel", lambda **_: killed)
+    with pytest.raises(VqonnxError, match=r"a process that tried layers was killed, .*; choose fewer jobs"):
+        compressed(Limits(ratio=12))
+
+
+def test_external_data_of_what_is_left_alone_count(tmp_path: Path) -> None:
+    source = tmp_path / "in.onnx"
+    onnx.save(onnx.load(MLP), source, save_as_external_data=True, location="weights.bin", size_threshold=64)
+    options: dict[str, Any] = {"calibration": CALIBRATION, "exclude": ["fc1.weight"]}
+    result = vqonnx.compress(source, limits=Limits(size=200_000), **options)
+    saved = result.save(tmp_path / "small.onnx")
+    assert 190_000 <= saved.bytes == result.model.ByteSize() <= 200_000
+    with pytest.raises(OptionError, match="a file of 130,000 bytes is not possible"):  # that weight has 131,072
+        vqonnx.compress(source, limits=Limits(size=130_000), **options)
+
+
+def test_data_for_the_drop_are_looked_at_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(menu, "Parallel", None)
+    with pytest.raises(DataError, match=r"nowhere\.npz: there is no such file or folder"):
+        compressed(Limits(drop=1.0, data="nowhere.npz"))
+    with pytest.raises(OptionError, match="the data for drop are read many times; give a path, a list or arrays"):
+        compressed(Limits(drop=1.0, data=iter(images(64))))
+
+
+def test_what_is_not_possible_was_tried() -> None:
+    """Files that stay too large although the layers get less and less, until they get the least there is."""
+    sharing = cast(Sharing, SimpleNamespace(least=1000.0, most=1e6))
+    small, large = vqonnx.compress(MLP, PQ(bits=4)), vqonnx.compress(MLP, PQ(bits=8))
+    wanted = large.model.ByteSize() - 1000
+    tried: list[float | None] = []
+
+    def attempt(limit: float | None) -> vqonnx.Result:
+        tried.append(limit)
+        return small if limit == sharing.least else large
+
+    assert fit(attempt, Limits(size=wanted), sharing) is small
+    assert len(tried) == 6
+    with pytest.raises(OptionError, match=f"not possible, the smallest has {small.model.ByteSize():,}; choose"):
+        fit(attempt, Limits(size=small.model.ByteSize() - 1), sharing)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -123,7 +189,7 @@ def test_few_calibration_rows_are_said_and_damped(caplog: pytest.LogCaptureFixtu
     few = images(64)
     for options in ({"limits": Limits(ratio=10)}, {}):
         caplog.clear()
-        method = Best() if options else PQ()
+        method = Best() if options else BGD()
         vqonnx.compress(MLP, method, calibration=few, **options).save(tmp_path / "small.onnx")
         said = [record.message for record in caplog.records if "calibration rows" in record.message]
         wide = [site.name for site in find(modelfile.load(MLP), MLP.parent).sites if site.view("ihw").cols > 64]
@@ -132,3 +198,6 @@ def test_few_calibration_rows_are_said_and_damped(caplog: pytest.LogCaptureFixtu
             "so its inputs are known in part and damped; more data help"
             for name, cols in zip(wide, (512, 256), strict=True)
         ]
+    caplog.clear()
+    vqonnx.compress(MLP, PQ(), calibration=few)  # does not look at them
+    assert not caplog.records

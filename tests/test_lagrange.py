@@ -105,3 +105,11 @@ def test_a_budget_below_the_cheapest_is_refused_with_both_numbers() -> None:
         allocate([curve, curve], 5.5)
     assert allocate([curve, curve], 6) == [0, 0]
     assert allocate([], 0) == []
+
+
+def test_what_one_large_step_leaves_goes_to_small_ones() -> None:
+    large = lower_hull([0, 100], [100, 0])
+    small = lower_hull([0, 10, 20], [9, 4, 1])
+    assert allocate([large, small], 60) == [0, 0]
+    assert allocate([large, small], 60, fill=True) == [0, 2]
+    assert allocate([large, small], 115, fill=True) == [1, 1]

@@ -888,3 +888,16 @@ def test_weights_without_a_power_of_two_are_left_alone() -> None:
         DQC(zero=False).encode(replace(layer, weight=np.zeros((8, 8), np.float32)))
     with pytest.raises(LeftAlone, match="too small for 7 powers of two"):
         DQC().encode(replace(layer, weight=np.ldexp(layer.weight, -125)))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1e-6, 1e7, 1e30])
+def test_steps_beyond_float16_are_float32(size: float) -> None:
+    plain = with_moments(gaussian(40, 36, 3))
+    layer = replace(plain, weight=(plain.weight * np.float32(size)).astype(np.float32))
+    method = Entropy(step=0.5)
+    usual, form = method.encode(plain), method.encode(layer)
+    assert usual.scales is not None
+    assert form.scales is not None
+    assert (usual.scales.dtype, form.scales.dtype) == (np.float16, np.float32)
+    np.testing.assert_allclose(form.decode() / np.float32(size), usual.decode(), rtol=1e-3)
+    assert [offer.bytes for offer in Best().offers(layer)]

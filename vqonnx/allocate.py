@@ -72,7 +72,7 @@ class Sharing:
             assert isinstance(method, Budgeted)
             self._left[method] = self._from_bits(method, numbers) if limit is None else limit
             curves = self._curves(numbers)
-            picks = allocate(curves, max(self._left[method], least_rate(curves)))
+            picks = allocate(curves, max(self._left[method], least_rate(curves)), fill=True)
             self._start |= {n: float(c.rates[at]) for n, c, at in zip(numbers, curves, picks, strict=True)}
 
     def choose(self, number: int) -> Offer | None:
@@ -84,7 +84,7 @@ class Sharing:
         curves = self._curves(todo)
         start = sum(self._start[other] for other in todo)
         budget = min(max(self._left[method], (1 - _MOVE) * start), (1 + _MOVE) * start)
-        picks = allocate(curves, max(budget, least_rate(curves)))
+        picks = allocate(curves, max(budget, least_rate(curves)), fill=True)
         pick = picks[todo.index(number)]
         self._offered[number] = float(menu.curve.rates[pick])
         return menu.offers[int(menu.curve.choices[pick])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from vqonnx.graph import LINEAR, find
 from vqonnx.menu import Menu, Progress, read_menus
 from vqonnx.method import Budgeted, Method
 from vqonnx.methods import Best
-from vqonnx.plan import make_plan
+from vqonnx.plan import check_numbers, make_plan
 from vqonnx.runtime import open_session, read_inputs
 
 
@@ -90,11 +91,16 @@ def analyze(
     Raises:
         ModelError: The model cannot be read, does not run, or has no layer that can be compressed.
         DataError: The calibration data do not fit it.
-        OptionError: The bits of the method are fewer than the layers take.
+        OptionError: A number cannot be used, the method has no bits to share, or they are fewer than the layers take.
     """
+    check_numbers(seed=seed, batch=batch, jobs=jobs)
     path, method = Path(model), method or Best()
     if not isinstance(method, Budgeted):
         raise OptionError(f"method '{method.id}' has no bits to share; choose best, entropy or transform")
+    if not method.shares:
+        raise OptionError(
+            f"method '{method.id}' with these options has no bits to share; leave out what fixes a layer's size"
+        )
     proto = modelfile.load(path)
     inputs = read_inputs(path)
     open_session(path)
@@ -159,9 +165,8 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
-    return repr(value)
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return '"none"' if value is None else repr(value)
 
 
 def _literal(name: str) -> str:
@@ -173,7 +178,7 @@ def plot(layers: Sequence[LayerAnalysis], path: str | Path) -> None:
     """Draw harm and bits of each layer into a picture file.
 
     Raises:
-        OptionError: matplotlib is not installed.
+        OptionError: matplotlib is not installed, or does not know such files.
     """
     try:
         import matplotlib
@@ -192,5 +197,9 @@ def plot(layers: Sequence[LayerAnalysis], path: str | Path) -> None:
     axes[1].set(ylabel="bits a weight")
     axes[1].set_xticks(places, [layer.name[-28:] for layer in layers], rotation=90, fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=110)
+    except ValueError as error:
+        raise OptionError(f"{path}: matplotlib does not write such files; give a name that ends in .png") from error
+    finally:
+        plt.close(figure)

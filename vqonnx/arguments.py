@@ -54,6 +54,8 @@ def limits_of(options: argparse.Namespace) -> Limits | None:
         if options.data is not None or options.labels is not None:
             raise OptionError("--data and --labels are for --max-drop; 'vqonnx verify' compares a file that is there")
         return None
+    if options.max_drop is None and (options.data is not None or options.labels is not None):
+        raise OptionError("--data and --labels are for --max-drop, which is not given; leave them out")
     size = None if options.target_size is None else parse_size(options.target_size)
     labels = None if options.labels is None else read_labels(options.labels)
     return Limits(size=size, ratio=options.target_ratio, drop=options.max_drop, data=options.data, labels=labels)

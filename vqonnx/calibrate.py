@@ -74,6 +74,8 @@ class Walk:
                 self._images += max((len(x) for x in feed.values() if isinstance(x, np.ndarray) and x.ndim), default=1)
             if not len(self._frontier):
                 raise DataError("the calibration data hold no batch; give at least one")
+            if not self._images:
+                raise DataError("the calibration data hold no image: all batches are empty; give at least one")
             undo.pop_all()
         nodes = [site.node for site in sites if self.can_observe(site)]
         self._inputs = {at: n.input[0] for n in nodes if (at := self._segments.position(n)) is not None}

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted; nothing was written under the output's name", _UNUSABLE)
     except MemoryError:
-        return _complain("out of memory; use fewer calibration images or a smaller --batch", _UNUSABLE)
+        return _complain("out of memory; use fewer calibration images, a smaller --batch or fewer --jobs", _UNUSABLE)
     except OSError as error:
         return _complain(f"{error.filename or 'a file'}: {error.strerror or error}", _UNUSABLE)
 

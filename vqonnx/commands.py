@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ def run_compress(options: argparse.Namespace) -> int:
     modelfile.check_output(options.output, options.model)
     if options.distill and options.calibration is None:
         raise OptionError("--distill needs calibration data; give --calibration")
+    if options.distill:
+        _check_torch("--distill")  # before the work, not behind it
     if options.optimize not in ("size", "speed"):
         raise OptionError(f"--optimize {options.optimize}: choose size or speed")
     quick = options.optimize == "speed"
@@ -110,6 +113,16 @@ def _last_step(options: argparse.Namespace, result: Result) -> LastStep:
         )
 
 
+def _check_torch(what: str) -> None:
+    """Refuse what needs PyTorch where it is not there, without loading it."""
+    try:
+        found = importlib.util.find_spec("torch")
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise _without_torch(what, ModuleNotFoundError(name="torch"))
+
+
 def _without_torch(what: str, error: ModuleNotFoundError) -> Exception:
     """What to say where a module is missing."""
     if error.name != "torch":
@@ -123,6 +136,9 @@ def run_analyze(options: argparse.Namespace) -> int:
     method = method_of(options, Config()) or Best()
     if not isinstance(method, Budgeted):
         raise OptionError(f"method '{method.id}' has no bits to share; choose best, entropy or transform")
+    for path in (options.output, options.plot):
+        if path is not None:
+            modelfile.check_output(path, options.model)
     with _progress(options, "analyze") as progress:
         found = analyze(
             options.model,

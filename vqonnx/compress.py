@@ -28,14 +28,13 @@ from vqonnx.ops import DOMAIN
 from vqonnx.permute import permute as permute_channels
 from vqonnx.permute import prove
 from vqonnx.place import Target, place
-from vqonnx.plan import Override, make_plan
+from vqonnx.plan import Override, check_numbers, make_plan
 from vqonnx.record import KEY, LayerRecord, write_record
 from vqonnx.result import Result
 from vqonnx.runtime import open_session, read_inputs
 
 # Batches of the calibration data on which the written model is run; enough to see that it works.
 _CHECKED_BATCHES = 8
-_SEEDS = 2**31  # each layer adds to the seed, and scikit-learn takes less than 2**32
 
 
 def compress(
@@ -68,7 +67,8 @@ def compress(
         model: Path of the ONNX model.
         method: How; by default `Best` with calibration data and `PQ` without.
         calibration: A path of an ``.npz`` keyed by input name or of a folder of them, an iterable of dicts, or an
-            onnxruntime ``CalibrationDataReader``.
+            onnxruntime ``CalibrationDataReader``. They are read several times where bits are shared out (`Best`), with
+            ``permute`` and with ``limits``; then an iterator, or a reader that cannot be rewound, will not do.
         include: Compress only layers whose weight or node name matches one of these patterns (``*`` and ``?``).
         exclude: Leave these alone.
         op_types: Compress only these operators.
@@ -98,11 +98,7 @@ def compress(
         OptionError: A seed, a batch or a pattern cannot be used, options contradict each other, a method needs
             calibration data and there are none, or the limits cannot be kept.
     """
-    if not 0 <= seed < _SEEDS:
-        raise OptionError(f"seed is {seed}; choose 0 to {_SEEDS - 1}")
-    for name, number in (("batch", batch), ("jobs", jobs)):
-        if number < 1:
-            raise OptionError(f"{name} is {number}; choose 1 or more")
+    check_numbers(seed=seed, batch=batch, jobs=jobs)
     compact = (limits is not None and not fuse) if compact is None else compact
     if compact and fuse:
         raise OptionError("a compact file has no fused layers; give --compact or --fuse, not both")
@@ -124,6 +120,10 @@ def compress(
     if needing and calibration is None:
         raise OptionError(f"method '{needing[0]}' needs calibration data; give --calibration, or choose method pq")
     feeds = None if calibration is None else _Remembering(read_feeds(calibration, inputs, batch=batch))
+    if limits is not None and limits.drop is not None:
+        limits = replace(limits, data=read_feeds(limits.data, inputs))  # what cannot be read is refused before the work
+        if limits.data.once:
+            raise OptionError("limits: the data for drop are read many times; give a path, a list or arrays")
     permuted = 0
     if permute:
         permuted = len(permute_channels(proto, path.parent, plan, feeds, seed=seed, progress=progress))
@@ -168,6 +168,8 @@ def compress(
                 make_compact(draft, path.parent)
         else:
             draft = modelfile.load(path)  # as it was
+        if limits is not None:
+            modelfile.bring_in(draft, path.parent)  # so that its size is that of the file
         check = generate_feeds(path, shapes=input_shapes, seed=seed) if feeds is None else feeds.first()
         return Result(draft, tuple(layers), skipped, target, path, before, check)
 
@@ -202,8 +204,8 @@ class _Remembering:
         self._kept: list[dict[str, Any]] = []
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for feed in self._feeds:
-            if len(self._kept) < _CHECKED_BATCHES:
+        for number, feed in enumerate(self._feeds):
+            if number == len(self._kept) < _CHECKED_BATCHES:  # an earlier pass may have kept the first ones
                 self._kept.append(feed)
             yield feed
 

@@ -95,7 +95,9 @@ def encode_layers(
                 moments = walk.observe(site, method.order)
             elif walk is not None and method.needs is Needs.MOMENTS:
                 _log.warning("%s: in a subgraph or function, so its inputs are not observed", site.name)
-            if sharing is None:  # otherwise that was said when the menus were read
+            if sharing is None and (
+                method.needs is Needs.MOMENTS or method.pairs
+            ):  # else said with the menus, or unused
                 warn_of_few(site, moments)
             layer = replace(layer_of(plan, number, method, moments, seed), cross=cross)
             try:

@@ -13,6 +13,7 @@ import numpy as np
 
 from vqonnx.allocate import Sharing
 from vqonnx.errors import OptionError
+from vqonnx.modelfile import external_bytes
 from vqonnx.result import Result
 from vqonnx.verify import Comparison, compare
 
@@ -103,7 +104,7 @@ def _within(attempt: Callable[[float | None], Result], limits: Limits, sharing: 
     wanted = limits.size
     budget = None
     best: Result | None = None
-    smallest = None
+    sizes: list[int] = []
     tried: set[float] = set()
     for _ in range(_ATTEMPTS):
         if budget is None:
@@ -114,27 +115,36 @@ def _within(attempt: Callable[[float | None], Result], limits: Limits, sharing: 
         if wanted is None:
             wanted = limits.bytes_of(result.bytes_before)
             assert wanted is not None
-        size = result.model.ByteSize()
+        size = _bytes(result)
         _log.info("%d bytes for the layers make a file of %d, %d are wanted", budget, size, wanted)
-        smallest = size if smallest is None else min(smallest, size)
-        if size <= wanted and (best is None or size > best.model.ByteSize()):
+        sizes.append(size)
+        if size <= wanted and (best is None or size > _bytes(best)):
             best = result
-        if best is not None and best.model.ByteSize() >= _ENOUGH * wanted:
+        if best is not None and _bytes(best) >= _ENOUGH * wanted:
             break
         following = min(max(budget + _AIM * wanted - size, sharing.least), sharing.most)
         if following in tried:
             break
         budget = following
+    if best is None and sharing.least not in tried:  # before it is said that it cannot be done
+        result = attempt(sharing.least)
+        sizes.append(_bytes(result))
+        best = result if wanted is not None and sizes[-1] <= wanted else None
     if best is None:
         raise OptionError(
-            f"a file of {wanted:,} bytes is not possible, the smallest has {smallest:,}; choose that or more"
+            f"a file of {wanted:,} bytes is not possible, the smallest has {min(sizes):,}; choose that or more"
         )
     return best
 
 
+def _bytes(result: Result) -> int:
+    """Of the file, with what the model still has in files beside it."""
+    return int(result.model.ByteSize()) + external_bytes(result.model, result.source.parent)
+
+
 def _least_loss(attempt: Callable[[float | None], Result], limits: Limits, sharing: Sharing) -> Result:
     """Bisection on the logarithm of the bytes for the layers."""
-    low, high = np.log(sharing.least + 1), np.log(sharing.most)
+    low, high = np.log(sharing.least + 1), np.log(max(sharing.most, sharing.least + 1))
     best = None
     worst = None
     with tempfile.TemporaryDirectory() as folder:

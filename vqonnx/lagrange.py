@@ -53,10 +53,11 @@ def lower_hull(rates: ArrayLike, errors: ArrayLike) -> Curve:
     return Curve(costs[chosen], wrongs[chosen], chosen)
 
 
-def allocate(curves: Sequence[Curve], budget: float) -> list[int]:
+def allocate(curves: Sequence[Curve], budget: float, *, fill: bool = False) -> list[int]:
     """A vertex of each curve: the least total error that one slope for all reaches within the budget.
 
-    Steps are taken from the steepest down, until one does not fit.
+    Steps are taken from the steepest down, until one does not fit; with ``fill`` others go on, and only the curve whose
+    step does not fit ends there: with one large layer among small ones, much would be left over otherwise.
 
     Raises:
         ValueError: The cheapest vertices together exceed the budget; see `least_rate`.
@@ -65,9 +66,15 @@ def allocate(curves: Sequence[Curve], budget: float) -> list[int]:
     if left < 0:
         raise ValueError(f"the cheapest choices take {least_rate(curves):g}, the budget is {budget:g}")
     picks = [0] * len(curves)
+    ended = set()
     for curve, cost in _steps(curves):
+        if curve in ended:
+            continue
         if cost > left:
-            break
+            if not fill:
+                break
+            ended.add(curve)
+            continue
         left -= cost
         picks[curve] += 1
     return picks

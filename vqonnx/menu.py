@@ -13,6 +13,8 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from joblib.parallel import get_active_backend
 from onnx import ModelProto
 
 from vqonnx.calibrate import Walk
+from vqonnx.errors import OptionError, VqonnxError
 from vqonnx.form import Matrix
 from vqonnx.graph import Site
 from vqonnx.lagrange import Curve, lower_hull
@@ -32,7 +35,7 @@ from vqonnx.moments import Moments
 from vqonnx.place import OVERHEAD
 from vqonnx.sensitivity import Probe, noisy
 
-_KEPT_VERSION = 1  # of what a cache holds
+_KEPT_VERSION = 2  # of what a cache holds; another one whenever methods offer something else
 
 _log = logging.getLogger(__name__)
 Plan = list[tuple[Site, Method]]
@@ -101,10 +104,16 @@ def read_menus(
         cache: Folder in which offers are kept; None keeps nothing.
         jobs: Layers that are tried at the same time.
         progress: Called with (layers done, layers in all, name of the next).
+
+    Raises:
+        OptionError: The cache is no folder, and cannot be made one.
+        VqonnxError: A process that tried a layer was killed.
     """
     numbers = [number for number, (_, method) in enumerate(plan) if isinstance(method, Budgeted) and method.shares]
     if not numbers:
         return {}
+    if cache is not None:
+        _make_folder(cache)
     probe = Probe(model, folder, feeds)
     waiting: deque[tuple[int, float, float | None]] = deque()
     found = {}
@@ -121,14 +130,15 @@ def read_menus(
     # Ray's workers, like those of multiprocessing, give their results only together.
     together = not get_active_backend()[0].supports_return_generator
     parallel = Parallel(n_jobs=jobs, return_as="list" if together else "generator", pre_dispatch=2 * jobs)
-    for offers in parallel(tasks()):
-        number, energy, factor = waiting.popleft()
-        site = plan[number][0]
-        fitting = [at for at, offer in enumerate(offers) if offer.bytes + OVERHEAD < site.nbytes]
-        if fitting:
-            hull = lower_hull([offers[at].bytes for at in fitting], [offers[at].error for at in fitting])
-            curve = Curve(hull.rates, hull.errors, np.array(fitting)[hull.choices])
-            found[number] = Menu(int(np.prod(site.shape)), offers, curve, energy, factor)
+    with _killed_workers():
+        for offers in parallel(tasks()):
+            number, energy, factor = waiting.popleft()
+            site = plan[number][0]
+            fitting = [at for at, offer in enumerate(offers) if offer.bytes + OVERHEAD < site.nbytes]
+            if fitting:
+                hull = lower_hull([offers[at].bytes for at in fitting], [offers[at].error for at in fitting])
+                curve = Curve(hull.rates, hull.errors, np.array(fitting)[hull.choices])
+                found[number] = Menu(int(np.prod(site.shape)), offers, curve, energy, factor)
     return _with_factors(found)
 
 
@@ -141,6 +151,24 @@ def warn_of_few(site: Site, moments: Moments | None) -> None:
             moments.rows,
             moments.cols,
         )
+
+
+def _make_folder(cache: Path) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"{cache}: cannot be the folder of a cache ({error.strerror}); choose another") from error
+
+
+@contextmanager
+def _killed_workers() -> Iterator[None]:
+    """Say in our words that a process of joblib's was killed."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise VqonnxError(
+            "a process that tried layers was killed, as happens when memory runs out; choose fewer jobs"
+        ) from error
 
 
 def _look(
@@ -184,15 +212,14 @@ def _tried(layers: Sequence[tuple[Budgeted, Layer]], cache: Path | None) -> list
     offers: list[Offer] = []
     for method, layer in layers:
         kept = None if cache is None else cache / f"{_key(method, layer)}.json"
-        if kept is not None and kept.exists():
-            offers += _load(kept)
-            continue
-        try:
-            made = list(method.offers(layer))
-        except LeftAlone:
-            made = []
-        if kept is not None:
-            _save(kept, made)
+        made = None if kept is None else _load(kept)
+        if made is None:
+            try:
+                made = list(method.offers(layer))
+            except LeftAlone:
+                made = []
+            if kept is not None:
+                _save(kept, made)
         offers += made
     return offers
 
@@ -210,9 +237,18 @@ def _key(method: Budgeted, layer: Layer) -> str:
     return digest.hexdigest()[:40]
 
 
-def _load(path: Path) -> list[Offer]:
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    return [Offer(method_by_name(entry[0], entry[1]), entry[2], entry[3]) for entry in entries]
+def _load(path: Path) -> list[Offer] | None:
+    """The offers that were kept; None where there are none, or the file cannot be used."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            Offer(method_by_name(name, options), float(size), float(error)) for name, options, size, error in entries
+        ]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AttributeError, OptionError) as error:
+        _log.warning("%s: cannot be used (%s), so the layer is tried again", path, error)
+        return None
 
 
 def _save(path: Path, offers: Sequence[Offer]) -> None:

@@ -107,13 +107,10 @@ def save(model: ModelProto, path: str | Path, folder: str | Path) -> None:
         ModelError: External data are not there or too short.
     """
     path, folder = Path(path), Path(folder)
-    total = model.ByteSize() + sum(_external_length(tensor, folder) for tensor in external_tensors(model))
+    whole = bring_in(model, folder)
     try:
-        if total > SINGLE_FILE_LIMIT:
+        if not whole:
             _write_data_file(model, path.with_name(path.name + ".data"), folder)
-        else:
-            for tensor in external_tensors(model):
-                _bring_in(tensor, folder)
         with path.open("wb") as file:
             file.write(model.SerializeToString())
             file.flush()
@@ -122,6 +119,24 @@ def save(model: ModelProto, path: str | Path, folder: str | Path) -> None:
         raise InputError(
             f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
         ) from error
+
+
+def external_bytes(model: ModelProto, folder: Path) -> int:
+    """Bytes of the tensors that the model still has in other files."""
+    return sum(_external_length(tensor, folder) for tensor in external_tensors(model))
+
+
+def bring_in(model: ModelProto, folder: Path) -> bool:
+    """Read all external data into the model, unless it then is too large for one file; gives whether it is not.
+
+    Raises:
+        ModelError: External data are not there or too short.
+    """
+    if model.ByteSize() + external_bytes(model, folder) > SINGLE_FILE_LIMIT:
+        return False
+    for tensor in external_tensors(model):
+        _bring_in(tensor, folder)
+    return True
 
 
 def check_output(path: str | Path, source: str | Path) -> None:

@@ -11,6 +11,8 @@ from vqonnx.graph import LINEAR, Site, Skipped
 from vqonnx.menu import Plan
 from vqonnx.method import Method
 
+_SEEDS = 2**31  # each layer adds to the seed, and scikit-learn takes less than 2**32
+
 
 @dataclass(frozen=True)
 class Override:
@@ -18,6 +20,19 @@ class Override:
 
     pattern: str
     method: Method | None
+
+
+def check_numbers(*, seed: int, batch: int, jobs: int) -> None:
+    """Refuse numbers that no run can use.
+
+    Raises:
+        OptionError: One is out of range.
+    """
+    if not 0 <= seed < _SEEDS:
+        raise OptionError(f"seed is {seed}; choose 0 to {_SEEDS - 1}")
+    for name, number in (("batch", batch), ("jobs", jobs)):
+        if number < 1:
+            raise OptionError(f"{name} is {number}; choose 1 or more")
 
 
 def make_plan(

@@ -1,8 +1,8 @@
 """The best accuracy for a size: from a menu of encodings, each layer gets what the whole model gains most by.
 
-`entropy` at every step, or, where codes shall have one length, `refined` product quantisation at widths of 1 to 4 and
-small codebooks; depthwise convolutions, which hold few weights and are sensitive, in 8 bits. Which encodings are on the
-menu was decided by what won on real networks (docs/decisions.md, QUALITY 3).
+`refined` product quantisation at widths of 1 to 4 and small codebooks; or prefix codes (`entropy`) at every step, in
+smaller files that take seconds and gigabytes to load (docs/quality.md). Depthwise convolutions hold few weights and are
+sensitive: 5 to 8 bits a weight. Which encodings are on the menu was decided by what won on real networks.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from vqonnx.refine import target_of
 
 # (width, bits) of codes of one length, from the smallest. A codebook must not cost more than the codes that use it.
 _SIZES = ((4, 3), (4, 4), (2, 2), (4, 5), (3, 4), (4, 6), (3, 5), (2, 4), (3, 6), (4, 8), (2, 5), (1, 2), (2, 6))
+_LARGE, _BETWEEN = 2**15, ((4, 7), (3, 7), (3, 8), (2, 7), (2, 8))  # where a step is many bytes
 _SCALAR = ((1, 3), (1, 4), (1, 5), (1, 6))
 _WIDE = ((8, 6), (8, 8))  # along the input channels, where kernels have tables for such blocks
 _MOST_BITS = 32
@@ -33,7 +34,7 @@ class Best(Budgeted):
 
     Attributes:
         bits: Stored bits for each weight: an average over the layers of a model.
-        codes: ``prefix`` codes, which differ in length, or codes of one length (``fixed``).
+        codes: Codes of one length (``fixed``), or ``prefix`` codes, which differ in length.
         beam: Choices that a row of weights keeps while prefix codes are chosen: fewer are faster, and less exact.
         asymmetric: Aim at the output of the original layer on the original input.
     """
@@ -42,7 +43,7 @@ class Best(Budgeted):
     needs: ClassVar[Needs] = Needs.MOMENTS
     depthwise: ClassVar[bool] = True
     bits: float = 2.5
-    codes: Literal["prefix", "fixed"] = "prefix"
+    codes: Literal["fixed", "prefix"] = "fixed"
     beam: int = 16
     asymmetric: bool = True
 
@@ -56,14 +57,16 @@ class Best(Budgeted):
         check_range(self, "beam", 1, 1024)
 
     def offers(self, layer: Layer) -> list[Offer]:
-        if layer.depthwise:
-            return [_offer(layer, RTN(order=self.order))]
-        fine = [_offer(layer, RTN(self.order, bits)) for bits in (7, 8)]  # beyond what 256 multiples of a step can do
+        fewest = 5 if layer.depthwise else 7  # others do better by what follows, up to what 256 multiples of a step can
+        fine = [_offer(layer, RTN(self.order, bits)) for bits in range(fewest, 9)]
+        if layer.depthwise and self.codes == "fixed":
+            return fine
         if self.codes == "prefix":
             chosen = Entropy(order=self.order, beam=self.beam, asymmetric=self.asymmetric)
             return [*chosen.offers(layer), *fine]
         vectors = layer.weight.size
         choices = (*_SIZES, *_SCALAR, *(_WIDE if self.order == "hwi" else ()))
+        choices += _BETWEEN if layer.weight.size >= _LARGE else ()
         sizes = [(w, b) for w, b in choices if w <= layer.weight.shape[1] and w * 2**b * w <= vectors // 2]
         methods = [Refined(self.order, w, b, asymmetric=self.asymmetric) for w, b in sizes]
         return [*(_offer(layer, replace(method, rounds=1, asymmetric=False), method) for method in methods), *fine]

@@ -30,6 +30,7 @@ _LARGE, _MORE = 2**15, 4  # weights of a layer from which on `beam` holds; small
 _ENOUGH, _AIM = 0.985, 0.995  # of a budget
 _MOST_BITS = 32  # a small layer takes more than the 7 that its levels can, with what it has besides
 _FIXED = 20  # bytes that a layer takes besides: its part of the trees and of the codebook
+_SMALLEST, _LARGEST = 2.0**-18, 60000.0  # steps that float16 holds with 7 bits or more; others are float32
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,12 @@ def _store(target: Target, made: Quantised, step: float) -> Coded:
         error += float(np.einsum("ij,ij->", seen, target.weight[rows]))
         energy += float(np.einsum("ij,ij->", seen, levels[rows]))
     best = step if energy <= 0 or error <= 0 else error / energy
+    kind = np.float16 if _SMALLEST <= best <= _LARGEST else np.float32
     return Coded(
         (levels + most).astype(np.uint8)[None],
         np.arange(-most, most + 1, dtype=np.float16)[None, None, :, None],
         levels.shape[1],
-        np.array([[best]], np.float16),
+        np.array([[best]], kind),
         Prefix(
             (levels.shape[0], levels.shape[1]),
             made.row_classes,
