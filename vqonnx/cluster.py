@@ -14,6 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import ThreadpoolController
 
 ITERATIONS = 60
+_QUICK = 6
 _RESEED_ROUNDS = 8
 
 
@@ -31,7 +32,12 @@ class Clusters:
 
 
 def kmeans(
-    points: NDArray[np.floating], words: int, *, seed: int = 0, weights: NDArray[np.floating] | None = None
+    points: NDArray[np.floating],
+    words: int,
+    *,
+    seed: int = 0,
+    weights: NDArray[np.floating] | None = None,
+    quick: bool = False,
 ) -> Clusters:
     """Ordinary k-means (Lloyd's algorithm from k-means++).
 
@@ -44,12 +50,14 @@ def kmeans(
         words: Number of centres asked for.
         seed: Seed of the initial centres.
         weights: ``[n]``, how often each point counts; None for once each.
+        quick: From points chosen at random, in few iterations: enough to see what so many words can do.
     """
     points = np.ascontiguousarray(points, dtype=np.float32)
     distinct, inverse = _distinct(points, words)
     if distinct is not None and inverse is not None:
         return Clusters(distinct, inverse)
-    model = KMeans(words, n_init=1, max_iter=ITERATIONS, tol=1e-5, random_state=seed)
+    start, iterations = ("random", _QUICK) if quick else ("k-means++", ITERATIONS)
+    model = KMeans(words, init=start, n_init=1, max_iter=iterations, tol=1e-5, random_state=seed)
     with _threads().limit(limits=1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # words that coincide are put elsewhere below
         model.fit(points, sample_weight=weights)

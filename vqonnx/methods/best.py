@@ -69,7 +69,10 @@ class Best(Budgeted):
         choices += _BETWEEN if layer.weight.size >= _LARGE else ()
         sizes = [(w, b) for w, b in choices if w <= layer.weight.shape[1] and w * 2**b * w <= vectors // 2]
         methods = [Refined(self.order, w, b, asymmetric=self.asymmetric) for w, b in sizes]
-        return [*(_offer(layer, replace(method, rounds=1, asymmetric=False), method) for method in methods), *fine]
+        return [
+            *(_offer(layer, replace(method, rounds=1, asymmetric=False, quick=True), method) for method in methods),
+            *fine,
+        ]
 
     def encode(self, layer: Layer) -> Form:
         budget = self.bits * layer.weight.size / 8

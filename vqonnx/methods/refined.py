@@ -36,6 +36,7 @@ class Refined(Method):
         start: Codes to begin with: each block's best on its own (``assign``), or error feedback (``feedback``).
         scale: ``none``, or one factor for each ``row`` (the root of its mean square).
         codebook: Type of the stored codebook.
+        quick: K-means in few iterations, for a look at what a layer can do.
     """
 
     id: ClassVar[str] = "refined"
@@ -47,6 +48,7 @@ class Refined(Method):
     start: Literal["assign", "feedback"] = "assign"
     scale: Literal["none", "row"] = "none"
     codebook: CodebookType = "float16"
+    quick: bool = False
 
     @property
     def pairs(self) -> bool:
@@ -65,7 +67,7 @@ class Refined(Method):
         scales = self._scales(layer.weight)
         target = target_of(layer, width, asymmetric=self.asymmetric, scales=scales)
         vectors = (target.weight / target.scales[:, None]).reshape(-1, width)
-        found = kmeans(vectors, 2**self.bits, seed=layer.seed)
+        found = kmeans(vectors, 2**self.bits, seed=layer.seed, quick=self.quick)
         words = found.words.astype(np.float64)
         codes = found.labels.reshape(rows, -1)
         for _ in range(_METRIC_ROUNDS):
