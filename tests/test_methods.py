@@ -25,10 +25,11 @@ from vqonnx.methods.dqc import DQC, power_book, power_codes
 from vqonnx.methods.entropy import Entropy
 from vqonnx.methods.kmeans import KMeans
 from vqonnx.methods.pq import PQ
+from vqonnx.methods.refined import Refined
 from vqonnx.methods.residual import Residual
 from vqonnx.methods.svd import SVD
 from vqonnx.methods.transform import Transform
-from vqonnx.moments import Moments, MomentsAccumulator, snr_db
+from vqonnx.moments import FULL_COLS, Moments, MomentsAccumulator, snr_db
 
 IDS = [kind.id for kind in METHODS]
 every_method = pytest.mark.parametrize("kind", METHODS, ids=IDS)
@@ -901,3 +902,28 @@ def test_steps_beyond_float16_are_float32(size: float) -> None:
     assert (usual.scales.dtype, form.scales.dtype) == (np.float16, np.float32)
     np.testing.assert_allclose(form.decode() / np.float32(size), usual.decode(), rtol=1e-3)
     assert [offer.bytes for offer in Best().offers(layer)]
+
+
+def test_very_wide_layers_are_encoded_without_a_full_matrix_of_moments() -> None:
+    rows = np.random.default_rng(0).normal(size=(1, 20, FULL_COLS + 9)).astype(np.float32)
+    layer = gaussian(6, FULL_COLS + 9, 3, moments=moments_of(rows))
+    for method in (Entropy(), Refined()):
+        with pytest.raises(LeftAlone, match=r"8,201 columns are more than 8,192.*; choose bgd"):
+            method.encode(layer)
+    for codes in ("fixed", "prefix"):
+        best = Best(codes=codes)
+        offers = best.offers(layer)
+        assert {offer.method.id for offer in offers} == {"bgd", "kmeans", "rtn"}
+        assert min(offer.error for offer in offers) > 0
+        assert snr(layer, replace(best, bits=6.1).encode(layer)) > 20
+
+
+def test_layers_too_large_for_prefix_codes_have_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = with_moments(gaussian(40, 36, 4))
+    prefix = {offer.method.id for offer in Best(codes="prefix").offers(layer)}
+    assert prefix == {"entropy", "rtn"}
+    for module in ("entropy", "best"):
+        monkeypatch.setattr(f"vqonnx.methods.{module}.MOST_WEIGHTS", 40 * 36 - 1)
+    with pytest.raises(LeftAlone, match="1,440 weights are too many for prefix codes"):
+        Entropy().encode(layer)
+    assert {offer.method.id for offer in Best(codes="prefix").offers(layer)} == {"refined", "rtn"}

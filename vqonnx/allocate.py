@@ -30,13 +30,15 @@ class Sharing:
     Layers with equal methods share one budget: the bits a weight of the method, or what `restart` says.
     """
 
-    def __init__(self, methods: Sequence[Method], menus: Mapping[int, Menu]) -> None:
+    def __init__(self, methods: Sequence[Method], menus: Mapping[int, Menu], *, lenient: bool = False) -> None:
         """Nothing is left before `restart` says how much.
 
         Args:
             methods: That of each layer.
             menus: By the number of the layer; the others keep their methods.
+            lenient: Take as few bits as the layers can where those of the method are too few.
         """
+        self._lenient = lenient
         self._methods = methods
         self._menus = menus
         self._left: dict[Method, float] = {}
@@ -114,7 +116,9 @@ class Sharing:
         curves = [self._menus[number].curve for number in numbers]
         spare = _CODEBOOK_BYTES + _ROUNDING * weights / 8
         budget = (1 - _RESERVE) * (method.bits * weights / 8 - spare)
-        if budget < least_rate(curves):
+        if budget < least_rate(curves) and self._lenient:
+            budget = least_rate(curves)
+        elif budget < least_rate(curves):
             bits = ceil(800 * (least_rate(curves) / (1 - _RESERVE) + spare) / weights) / 100
             raise OptionError(
                 f"method '{method.id}': bits is {method.bits:g}, but these {len(numbers)} layers take at least "

@@ -113,6 +113,7 @@ def compress(
     _refuse_compressed(proto, path)
     inputs = read_inputs(path)
     open_session(path)  # a model that onnxruntime does not load cannot be verified either
+    by_default = method is None
     method = method or (PQ() if calibration is None else Best())
     found = find(proto, path.parent)
     plan, left = make_plan(found.sites, method, include, exclude, op_types, overrides)
@@ -141,7 +142,7 @@ def compress(
             jobs=jobs,
             progress=progress,
         )
-        sharing = Sharing([chosen for _, chosen in plan], menus)
+        sharing = Sharing([chosen for _, chosen in plan], menus, lenient=by_default)
     before = modelfile.file_bytes(path)
 
     def attempt(limit: float | None) -> Result:

@@ -15,15 +15,19 @@ import numpy as np
 from vqonnx.errors import OptionError
 from vqonnx.form import Form
 from vqonnx.method import Budgeted, Layer, LeftAlone, Method, Needs, Offer, check_range
-from vqonnx.methods.entropy import Entropy
+from vqonnx.methods.bgd import BGD
+from vqonnx.methods.entropy import MOST_WEIGHTS, Entropy
+from vqonnx.methods.kmeans import KMeans
 from vqonnx.methods.refined import Refined
 from vqonnx.methods.rtn import RTN
+from vqonnx.moments import FULL_COLS
 from vqonnx.refine import target_of
 
 # (width, bits) of codes of one length, from the smallest. A codebook must not cost more than the codes that use it.
 _SIZES = ((4, 3), (4, 4), (2, 2), (4, 5), (3, 4), (4, 6), (3, 5), (2, 4), (3, 6), (4, 8), (2, 5), (1, 2), (2, 6))
 _LARGE, _BETWEEN = 2**15, ((4, 7), (3, 7), (3, 8), (2, 7), (2, 8))  # where a step is many bytes
 _SCALAR = ((1, 3), (1, 4), (1, 5), (1, 6))
+_WIDE_ROWS = ((8, 8), (4, 6), (4, 8), (2, 6))  # of layers whose moments are not kept in full
 _WIDE = ((8, 6), (8, 8))  # along the input channels, where kernels have tables for such blocks
 _MOST_BITS = 32
 
@@ -61,7 +65,11 @@ class Best(Budgeted):
         fine = [_offer(layer, RTN(self.order, bits)) for bits in range(fewest, 9)]
         if layer.depthwise and self.codes == "fixed":
             return fine
-        if self.codes == "prefix":
+        if layer.weight.shape[1] > FULL_COLS:
+            ordinary: list[Method] = [BGD(self.order, w, bits=b, clamp="vectors", first=True) for w, b in _WIDE_ROWS]
+            scalar: list[Method] = [KMeans(self.order, bits) for bits in (3, 4, 5, 6)]
+            return [*(_offer(layer, method) for method in (*ordinary, *scalar)), *fine]
+        if self.codes == "prefix" and layer.weight.size <= MOST_WEIGHTS:
             chosen = Entropy(order=self.order, beam=self.beam, asymmetric=self.asymmetric)
             return [*chosen.offers(layer), *fine]
         vectors = layer.weight.size
@@ -87,6 +95,8 @@ class Best(Budgeted):
 def _offer(layer: Layer, tried: Method, offered: Method | None = None) -> Offer:
     """What a method does to a layer; ``tried`` may be a quicker one than is ``offered``."""
     form = tried.encode(layer)
+    if layer.weight.shape[1] > FULL_COLS and layer.moments is not None:
+        return Offer(offered or tried, float(form.nbytes), layer.moments.energy(layer.weight - form.decode()))
     target = target_of(layer, 1, asymmetric=False)
     missed = target.weight - form.decode()
     error = sum(float(np.einsum("ij,ij->", missed[rows] @ metric, missed[rows])) for rows, metric in target.parts())

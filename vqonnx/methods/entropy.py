@@ -19,6 +19,7 @@ from vqonnx.errors import OptionError
 from vqonnx.feedback import Frame
 from vqonnx.form import Coded
 from vqonnx.method import Budgeted, Layer, LeftAlone, Needs, Offer, check_range
+from vqonnx.moments import FULL_COLS
 from vqonnx.prefix import Prefix, common_trees
 from vqonnx.refine import Target, target_of
 
@@ -28,6 +29,7 @@ _SEARCH = 10
 _CLOSE = 0.02  # octaves between a step that is too small and one that fits
 _LARGE, _MORE = 2**15, 4  # weights of a layer from which on `beam` holds; smaller ones have so many times as much
 _ENOUGH, _AIM = 0.985, 0.995  # of a budget
+MOST_WEIGHTS = 2**22  # of a layer: onnxruntime takes some 770 bytes for each when it loads prefix codes
 _MOST_BITS = 32  # a small layer takes more than the 7 that its levels can, with what it has besides
 _FIXED = 20  # bytes that a layer takes besides: its part of the trees and of the codebook
 _SMALLEST, _LARGEST = 2.0**-18, 60000.0  # steps that float16 holds with 7 bits or more; others are float32
@@ -71,6 +73,7 @@ class Entropy(Budgeted):
         check_range(self, "beam", 1, 1024)
 
     def offers(self, layer: Layer) -> list[Offer]:
+        _refuse_large(layer)
         with threadpool_limits(limits=1):
             target = target_of(layer, 1, asymmetric=False)
             frame = Frame.of(target)
@@ -89,6 +92,7 @@ class Entropy(Budgeted):
         ]
 
     def encode(self, layer: Layer) -> Coded:
+        _refuse_large(layer)
         with threadpool_limits(limits=1):
             target = target_of(layer, 1, asymmetric=self.asymmetric)
             frame = Frame.of(target)
@@ -133,6 +137,16 @@ class Entropy(Budgeted):
             quantise(target, size, taps, sweeps=sweeps, beam=beam, learn=not quick or more > 1, frame=frame),
             size,
         )
+
+
+def _refuse_large(layer: Layer) -> None:
+    if layer.weight.size > MOST_WEIGHTS:
+        raise LeftAlone(
+            f"{layer.weight.size:,} weights are too many for prefix codes, which take gigabytes to load; up to "
+            f"{MOST_WEIGHTS:,} can have them, choose refined or bgd"
+        )
+    if layer.weight.shape[1] > FULL_COLS:
+        raise LeftAlone(f"{layer.weight.shape[1]:,} columns are more than {FULL_COLS:,}; choose bgd")
 
 
 def _store(target: Target, made: Quantised, step: float) -> Coded:

@@ -18,6 +18,7 @@ from vqonnx.cluster import kmeans
 from vqonnx.form import Coded
 from vqonnx.method import Layer, LeftAlone, Method, Needs, check_range
 from vqonnx.methods.codebook import CodebookType, store
+from vqonnx.moments import FULL_COLS
 from vqonnx.refine import Array, alternate, assign, feed_back, target_of, update_words
 
 _WIDTH = 4
@@ -61,6 +62,8 @@ class Refined(Method):
 
     def encode(self, layer: Layer) -> Coded:
         rows, cols = layer.weight.shape
+        if cols > FULL_COLS:
+            raise LeftAlone(f"{cols:,} columns are more than {FULL_COLS:,}, whose moments are kept in full; choose bgd")
         width = self.width or min(_WIDTH, cols)
         if cols < width:
             raise LeftAlone(f"width {width} is more than the {cols} columns of a row")
