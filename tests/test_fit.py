@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,8 +33,11 @@ def images(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
 CALIBRATION = images(128)
 
 
+KEPT = tempfile.TemporaryDirectory()  # what layers can do at which size, for all tests of this file
+
+
 def compressed(limits: Limits, method: Method | None = None, **options: Any) -> vqonnx.Result:
-    return vqonnx.compress(MLP, method, calibration=CALIBRATION, limits=limits, **options)
+    return vqonnx.compress(MLP, method, calibration=CALIBRATION, limits=limits, **{"cache": KEPT.name, **options})
 
 
 @pytest.mark.parametrize("method", [Best(), Entropy()], ids=["best", "entropy"])

@@ -7,6 +7,7 @@ sensitive: 5 to 8 bits a weight. Which encodings are on the menu was decided by 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -23,10 +24,12 @@ from vqonnx.methods.rtn import RTN
 from vqonnx.moments import FULL_COLS
 from vqonnx.refine import target_of
 
-# (width, bits) of codes of one length, from the smallest. A codebook must not cost more than the codes that use it.
-_SIZES = ((4, 3), (4, 4), (2, 2), (4, 5), (3, 4), (4, 6), (3, 5), (2, 4), (3, 6), (4, 8), (2, 5), (1, 2), (2, 6))
-_LARGE, _BETWEEN = 2**15, ((4, 7), (3, 7), (3, 8), (2, 7), (2, 8))  # where a step is many bytes
-_SCALAR = ((1, 3), (1, 4), (1, 5), (1, 6))
+# (width, bits) of codes of one length; a codebook must not cost more than its codes. Small layers have narrow
+# blocks as well, whose codebooks are small; in large ones a wide block is better at the same bits.
+_SMALL = ((4, 3), (4, 4), (2, 2), (4, 5), (3, 4), (4, 6), (3, 5), (2, 4), (3, 6), (1, 2), (2, 5), (2, 6), (1, 3))
+_LARGE = ((4, 3), (4, 4), (4, 5), (4, 6), (4, 7), (4, 8), (3, 7), (3, 8), (2, 6), (2, 7), (2, 8))
+_FINE = ((1, 4), (1, 5), (1, 6))
+_LARGE_WEIGHTS = 2**15
 _WIDE_ROWS = ((8, 8), (4, 6), (4, 8), (2, 6))  # of layers whose moments are not kept in full
 _WIDE = ((8, 6), (8, 8))  # along the input channels, where kernels have tables for such blocks
 _MOST_BITS = 32
@@ -73,14 +76,16 @@ class Best(Budgeted):
             chosen = Entropy(order=self.order, beam=self.beam, asymmetric=self.asymmetric)
             return [*chosen.offers(layer), *fine]
         vectors = layer.weight.size
-        choices = (*_SIZES, *_SCALAR, *(_WIDE if self.order == "hwi" else ()))
-        choices += _BETWEEN if layer.weight.size >= _LARGE else ()
+        choices = _LARGE if layer.weight.size >= _LARGE_WEIGHTS else _SMALL
+        choices = (*choices, *_FINE, *(_WIDE if self.order == "hwi" else ()))
         sizes = [(w, b) for w, b in choices if w <= layer.weight.shape[1] and w * 2**b * w <= vectors // 2]
-        methods = [Refined(self.order, w, b, asymmetric=self.asymmetric) for w, b in sizes]
-        return [
-            *(_offer(layer, replace(method, rounds=1, asymmetric=False, quick=True), method) for method in methods),
-            *fine,
-        ]
+        found = []
+        for width, bits in sizes:
+            method = Refined(self.order, width, bits, asymmetric=self.asymmetric)
+            quick = replace(method, rounds=1, asymmetric=False, quick=True)
+            with suppress(LeftAlone):  # words that float16 does not hold
+                found.append(_offer(layer, quick, method))
+        return [*found, *fine]
 
     def encode(self, layer: Layer) -> Form:
         budget = self.bits * layer.weight.size / 8
