@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +59,7 @@ def kmeans(
         return Clusters(distinct, inverse)
     start, iterations = ("random", _QUICK) if quick else ("k-means++", ITERATIONS)
     model = KMeans(words, init=start, n_init=1, max_iter=iterations, tol=1e-5, random_state=seed)
-    with _threads().limit(limits=1), warnings.catch_warnings():
+    with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # words that coincide are put elsewhere below
         model.fit(points, sample_weight=weights)
     return _without_empty(points, model.cluster_centers_.astype(np.float32), model.labels_.astype(np.int64), weights)
@@ -98,6 +99,11 @@ def nearest(points: NDArray[np.floating], words: NDArray[Any]) -> NDArray[np.int
         chunk = points[start : start + step].astype(np.float32)
         labels[start : start + step] = np.argmin(half - chunk @ words.T, axis=1)
     return labels
+
+
+def one_thread() -> AbstractContextManager[Any]:
+    """While it is entered, numpy and scikit-learn compute on one thread."""
+    return cast("AbstractContextManager[Any]", _threads().limit(limits=1))
 
 
 @cache

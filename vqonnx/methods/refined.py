@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vqonnx.cluster import kmeans
+from vqonnx.cluster import kmeans, one_thread
 from vqonnx.form import Coded
 from vqonnx.method import Layer, LeftAlone, Method, Needs, check_range
 from vqonnx.methods.codebook import CodebookType, store
@@ -61,6 +61,10 @@ class Refined(Method):
         check_range(self, "rounds", 1, 100)
 
     def encode(self, layer: Layer) -> Coded:
+        with one_thread():  # the same bytes whatever the number of threads, and of layers at the same time
+            return self._encode(layer)
+
+    def _encode(self, layer: Layer) -> Coded:
         rows, cols = layer.weight.shape
         if cols > FULL_COLS:
             raise LeftAlone(f"{cols:,} columns are more than {FULL_COLS:,}, whose moments are kept in full; choose bgd")
