@@ -46,7 +46,7 @@ def test_the_file_is_never_larger_and_hardly_smaller(method: Method, tmp_path: P
     for size in (whole // 14, whole // 8):
         result = compressed(Limits(size=size), method)
         saved = result.save(tmp_path / "small.onnx")
-        least = 0.97 if isinstance(method, Entropy) else 0.93  # of three layers, with codes of whole bits
+        least = 0.97 if isinstance(method, Entropy) else 0.92  # of three layers, with codes of whole bits
         assert least * size <= saved.bytes <= size, f"{method}: {saved.bytes} for {size}"
         assert saved.bytes == result.model.ByteSize()
 
