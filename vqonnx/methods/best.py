@@ -26,8 +26,8 @@ from vqonnx.refine import target_of
 
 # (width, bits) of codes of one length; a codebook must not cost more than its codes. Small layers have narrow
 # blocks as well, whose codebooks are small; in large ones a wide block is better at the same bits.
-_NARROW = ((1, 2), (1, 3))
-_SMALL = ((4, 3), (4, 4), (2, 2), (4, 5), (3, 4), (4, 6), (3, 5), (2, 4), (3, 6), (2, 5), (2, 6), (2, 7), *_NARROW)
+_NARROW = ((2, 7), (2, 8), (1, 2), (1, 3))
+_SMALL = ((4, 3), (4, 4), (2, 2), (4, 5), (3, 4), (4, 6), (3, 5), (2, 4), (3, 6), (2, 5), (2, 6), *_NARROW)
 _LARGE = ((4, 3), (4, 4), (4, 5), (4, 6), (4, 7), (4, 8), (3, 7), (3, 8), (2, 6), (2, 7), (2, 8))
 _FINE = ((1, 4), (1, 5), (1, 6))
 _LARGE_WEIGHTS = 2**16
