@@ -224,8 +224,9 @@ def _plot() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(FLOORS), figsize=(4 * len(FLOORS), 3.6))
-    for axis, network in zip(axes, FLOORS, strict=True):
+    networks = [network for network in FLOORS if any(RESULTS.glob(f"{network}_*.json"))]
+    figure, axes = plt.subplots(1, len(networks), figsize=(4 * len(networks), 3.6), squeeze=False)
+    for axis, network in zip(axes[0], networks, strict=True):
         entries = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob(f"{network}_*.json")]
         for codes, label, marker in (("fixed", "best", "o"), ("prefix", "best, prefix codes", ".")):
             ours = [e for e in entries if e["point"] not in BASELINES and e["codes"] == codes]
