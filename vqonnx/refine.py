@@ -76,7 +76,11 @@ class Target:
 
     def error(self, codes: Codes, words: Array) -> float:
         """``trace(E H E^T)``."""
-        missed = self.weight - self.decode(codes, words)
+        return self.distance(self.decode(codes, words))
+
+    def distance(self, decoded: NDArray[np.floating]) -> float:
+        """``trace(E H E^T)`` for any matrix ``[rows, groups * width]`` in the place of the weight."""
+        missed = self.weight - decoded
         return float(sum(np.einsum("ij,ij->", missed[rows] @ metric, missed[rows]) for rows, metric in self.parts()))
 
 

@@ -90,9 +90,10 @@ class Best(Budgeted):
 
     def encode(self, layer: Layer) -> Form:
         budget = self.bits * layer.weight.size / 8
-        fitting = [offer for offer in self.offers(layer) if offer.bytes <= budget]
+        offers = self.offers(layer)
+        fitting = [offer for offer in offers if offer.bytes <= budget]
         if not fitting:
-            least = min(offer.bytes for offer in self.offers(layer))
+            least = min(offer.bytes for offer in offers)
             bits = np.ceil(800 * least / layer.weight.size) / 100
             raise LeftAlone(f"{self.bits:g} bits a weight are {budget:.0f} bytes, too few; set bits={bits:g}")
         return min(fitting, key=lambda offer: offer.error).method.encode(layer)
@@ -103,7 +104,5 @@ def _offer(layer: Layer, tried: Method, offered: Method | None = None) -> Offer:
     form = tried.encode(layer)
     if layer.weight.shape[1] > FULL_COLS and layer.moments is not None:
         return Offer(offered or tried, float(form.nbytes), layer.moments.energy(layer.weight - form.decode()))
-    target = target_of(layer, 1, asymmetric=False)
-    missed = target.weight - form.decode()
-    error = sum(float(np.einsum("ij,ij->", missed[rows] @ metric, missed[rows])) for rows, metric in target.parts())
+    error = target_of(layer, 1, asymmetric=False).distance(form.decode())
     return Offer(offered or tried, float(form.nbytes), error)

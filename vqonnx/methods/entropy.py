@@ -80,9 +80,8 @@ class Entropy(Budgeted):
             sizes, errors = [], []
             for exponent in _TRIED:
                 form = self._form(layer, target, frame, float(2**exponent), quick=True)
-                missed = target.weight[:, : layer.weight.shape[1]] - form.decode()
                 sizes.append(float(_bytes(form)))
-                errors.append(sum(float(np.einsum("ij,ij->", missed[r] @ m, missed[r])) for r, m in target.parts()))
+                errors.append(target.distance(form.decode()))
         # Between steps that were tried, bytes and the logarithm of the error are nearly straight lines.
         logs = np.interp(_EXPONENTS, _TRIED, np.log(np.maximum(errors, 1e-300)))
         between = np.interp(_EXPONENTS, _TRIED, sizes)
