@@ -25,7 +25,6 @@ class Shuffled : public Tasks {
     std::shuffle(order.begin(), order.end(), random);
     for (const size_t index : order) task(data, index);
   }
-  bool Alone() const override { return seed_ % 2 != 0; }
 
  private:
   unsigned seed_;

@@ -14,7 +14,7 @@ using std::size_t;
 
 // Positions that share a decoded piece of the weight: enough to make the decoding cheap, few enough for their sums to
 // stay near. All outputs of a block come one after the other, so that its part of the image stays near as well.
-constexpr size_t kBlockPositions = 1024;
+constexpr size_t kBlockPositions = 1024, kLeastPositions = 128;
 
 }  // namespace
 
@@ -76,12 +76,7 @@ void Conv::Columns(const Grid& grid, std::int32_t* at) const {
 void Conv::Run(const Call& call, std::span<const std::int64_t> shape, const Tasks& tasks) const {
   if (shape[0] == 0) return;
   const Grid grid(window_, shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1, static_cast<size_t>(shape.back()));
-  if (lookup_) {
-    size_t count = 1;
-    for (const std::int64_t size : shape) count *= static_cast<size_t>(size);
-    if (lookup_->Suits(call.x, count)) return RunLookup(call, shape, grid, tasks);
-  }
-  RunExact(call, shape, grid, tasks);
+  if (!lookup_ || !RunLookup(call, shape, grid, tasks)) RunExact(call, shape, grid, tasks);
 }
 
 void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const Grid& grid, const Tasks& tasks) const {
@@ -106,7 +101,7 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
   for (size_t n = 0; n < images; ++n) {
     const float* x = call.x + n * channels * image_rows * image_cols;
     if (!direct) {
-      const size_t parts = std::min(channels, Ceil(channels * grid.plane, 16384));
+      const size_t parts = std::min(channels, PartsOf(channels * grid.plane, 16384, 8192, 1));
       tasks.Each(parts, [&](size_t index) {
         const Part part = PartOf(channels, parts, index);
         for (size_t c = part.begin; c < part.begin + part.size; ++c) {
@@ -156,7 +151,7 @@ void Conv::RunWindows(const Call& call, const Image& image, const Tasks& tasks) 
   const size_t lines = whole ? 1 : grid.out_rows;
   const size_t line = whole ? grid.out_rows * grid.out_cols : grid.out_cols;
   const size_t line_tiles = Ceil(line, count);
-  const size_t blocks = Ceil(lines * line, kBlockPositions);
+  const size_t blocks = PartsOf(lines * line, kBlockPositions, kLeastPositions, groups_ * panels);
   const size_t most_tiles = Ceil(lines * line_tiles, blocks);
   const size_t depth = weight_.depth();
   const size_t piece = kTileDepth / weight_.step() * weight_.step();
@@ -222,7 +217,7 @@ void Conv::RunPositions(const Call& call, const Image& image, const Tasks& tasks
   const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
   const bool whole = grid.cols == grid.out_cols;  // rows of outputs follow each other like their values
   const size_t tiles = Ceil(span, lanes);
-  const size_t blocks = Ceil(tiles * lanes, kBlockPositions);
+  const size_t blocks = PartsOf(tiles * lanes, kBlockPositions, kLeastPositions, groups_ * strips);
   const size_t most_tiles = Ceil(tiles, blocks);
   const size_t depth = weight_.depth();
   const size_t piece = kTileDepth / weight_.step() * weight_.step();

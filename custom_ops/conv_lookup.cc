@@ -2,6 +2,8 @@
 // to the outputs that lie around it.
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <cstring>
 
 #include "linear.h"
 #include "scratch.h"
@@ -12,10 +14,46 @@ namespace {
 
 using std::size_t;
 
-// Outputs whose sums stay near (in floats): a band of the image. The tables of the inputs on its border are made twice.
+// Outputs whose sums stay near (in floats): those of a band of the image.
 constexpr size_t kBandFloats = 131072;
+// Bands of an image, where there are rows for as many, and images of a batch beyond which one each will do.
+constexpr size_t kUsualBands = 4, kManyImages = 8;
 
 }  // namespace
+
+// How the rows of an image are dealt out. Each row of the inputs, counted with the pads, is in one band. The outputs of
+// a band are those that it adds to; where two bands meet, the last rows of the one are the first of the other, and take
+// from both. It depends on sizes alone, so that results do not depend on the number of threads.
+class Conv::Bands {
+ public:
+  Bands(const Window& window, size_t image_rows, size_t out_rows, size_t count)
+      : window_(window), image_rows_(image_rows), out_rows_(out_rows), count_(std::min(count, image_rows)) {
+    while (count_ > 2 && !Apart()) --count_;
+  }
+
+  size_t count() const { return count_; }
+  size_t InBegin(size_t band) const { return window_.begin[0] + image_rows_ * band / count_; }
+  size_t InEnd(size_t band) const { return InBegin(band + 1); }
+  size_t OutBegin(size_t band) const {
+    const size_t reach = (window_.kernel[0] - 1) * window_.dilation[0], first = InBegin(band);
+    return band == 0 || first <= reach ? 0 : std::min(out_rows_, Ceil(first - reach, window_.stride[0]));
+  }
+  size_t OutEnd(size_t band) const {
+    return band + 1 == count_ ? out_rows_ : std::min(out_rows_, Ceil(InEnd(band), window_.stride[0]));
+  }
+
+ private:
+  // Whether no output takes from three bands.
+  bool Apart() const {
+    for (size_t band = 2; band < count_; ++band) {
+      if (OutBegin(band) < OutEnd(band - 2)) return false;
+    }
+    return true;
+  }
+
+  const Window& window_;
+  size_t image_rows_, out_rows_, count_;
+};
 
 // What a band needs.
 struct Conv::Room {
@@ -59,22 +97,20 @@ void Conv::PlanLookup(const std::uint8_t* codes, Precision precision) {
   }
 }
 
-// The sums of some rows of the output, [row][column][padded output], from all inputs that they depend on.
-void Conv::SumBand(const float* image, size_t image_rows, size_t image_cols, const Grid& grid, size_t first_row,
-                   size_t band_rows, const Room& room) const {
+// What the inputs of a band add to its rows of the output, [row][column][padded output]. Returns their largest
+// magnitude.
+float Conv::SumBand(const float* image, size_t image_rows, size_t image_cols, const Grid& grid, const Bands& bands,
+                    size_t band, const Room& room) const {
   const Lookup& lookup = *lookup_;
   const size_t padded = lookup.padded_outputs(), plane = image_rows * image_cols;
+  const size_t first_row = bands.OutBegin(band), band_rows = bands.OutEnd(band) - first_row;
+  float most = 0.0F;
   std::fill(room.sums, room.sums + band_rows * grid.out_cols * padded, 0.0F);
-  // Input rows, counted with the pads.
-  const size_t begin = std::max(window_.begin[0], first_row * window_.stride[0]);
-  const size_t reach = (window_.kernel[0] - 1) * window_.dilation[0];
-  const size_t end =
-      std::min(window_.begin[0] + image_rows, (first_row + band_rows - 1) * window_.stride[0] + reach + 1);
   for (size_t index = 0; index < lookup.chunks(); ++index) {
     const Lookup::Chunk chunk = lookup.At(index);
     const size_t first = chunk.first_block * lookup.width();
     const size_t inputs = std::min(chunk.blocks * lookup.width(), channels_ - first);
-    for (size_t y = begin; y < end; ++y) {
+    for (size_t y = bands.InBegin(band); y < bands.InEnd(band); ++y) {
       const float* row = image + first * plane + (y - window_.begin[0]) * image_cols;
       bool is_turned = false;
       for (size_t c = 0; c < tap_remainders_.size(); ++c) {
@@ -86,8 +122,10 @@ void Conv::SumBand(const float* image, size_t image_rows, size_t image_cols, con
         const size_t stride = window_.stride[1];
         const size_t skip = (col_remainder + stride - window_.begin[1] % stride) % stride;
         for (size_t column = skip; column < image_cols; column += stride) {
-          room.factors[column] = lookup.Round(chunk, room.turned + column * inputs, channels_,
-                                              room.rounded + column * lookup.chunk_values());
+          const Lookup::Rounded rounded = lookup.Round(chunk, room.turned + column * inputs, channels_,
+                                                       room.rounded + column * lookup.chunk_values());
+          room.factors[column] = rounded.factor;
+          most = std::max(most, rounded.most);
         }
         for (size_t column = skip; column < image_cols; column += stride) {
           const size_t out_row = y / window_.stride[0], out_col = (column + window_.begin[1]) / stride;
@@ -96,6 +134,7 @@ void Conv::SumBand(const float* image, size_t image_rows, size_t image_cols, con
       }
     }
   }
+  return most;
 }
 
 // What one input yields is added to the outputs that take it: the one at this row and column through the first tap, and
@@ -123,23 +162,34 @@ void Conv::AddPosition(const Lookup::Chunk& chunk, const Lookup::Class& tap_clas
   }
 }
 
-void Conv::RunLookup(const Call& call, std::span<const std::int64_t> shape, const Grid& grid,
+bool Conv::RunLookup(const Call& call, std::span<const std::int64_t> shape, const Grid& grid,
                      const Tasks& tasks) const {
   const Lookup& lookup = *lookup_;
   const size_t images = static_cast<size_t>(shape[0]);
   const size_t image_rows = shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1;
   const size_t image_cols = static_cast<size_t>(shape.back());
   const size_t padded = lookup.padded_outputs(), outputs = weight_.outputs();
-  // At least two bands where there are rows for it, if there are two threads.
-  const size_t bands =
-      std::min(grid.out_rows,
-               std::max<size_t>(tasks.Alone() ? 1 : 2, Ceil(grid.out_rows * grid.out_cols * padded, kBandFloats)));
-  const size_t most_rows = Ceil(grid.out_rows, bands);
-  const size_t sums_floats = (most_rows * grid.out_cols + 8) * padded;  // finish_across may read some rows more
+  const size_t row_floats = grid.out_cols * padded;
+  const Bands bands(window_, image_rows, grid.out_rows,
+                    std::max(images < kManyImages ? kUsualBands : 1, Ceil(grid.out_rows * row_floats, kBandFloats)));
+  size_t most_rows = 0, meeting_rows = 0;
+  for (size_t band = 0; band < bands.count(); ++band) {
+    most_rows = std::max(most_rows, bands.OutEnd(band) - bands.OutBegin(band));
+    if (band > 0) meeting_rows = std::max(meeting_rows, bands.OutEnd(band - 1) - bands.OutBegin(band));
+  }
+  const size_t beyond = 8 * padded;  // finish_across may read some more
+  const size_t sums_floats = most_rows * row_floats + beyond, meeting_floats = meeting_rows * row_floats;
   const size_t values = image_cols * lookup.chunk_values();
-  tasks.Each(images * bands, [&](size_t task) {
-    const size_t image = task / bands, band = task % bands;
-    const size_t first = grid.out_rows * band / bands, rows = grid.out_rows * (band + 1) / bands - first;
+
+  // Where two bands meet: what each of them adds, and how many have come. The second one adds both up.
+  const size_t meetings = images * (bands.count() - 1);
+  Scratch shared(Use::kRun, Scratch::Room<float>(2 * meetings * meeting_floats + beyond));
+  auto* parts = shared.Take<float>(2 * meetings * meeting_floats + beyond);
+  std::vector<std::atomic<int>> arrived(meetings);
+  std::atomic<float> most = 0.0F;
+
+  tasks.Each(images * bands.count(), [&](size_t task) {
+    const size_t image = task / bands.count(), band = task % bands.count();
     Scratch scratch(Use::kTask, Scratch::Room<float>(sums_floats) + Scratch::Room<float>(kSetRows) +
                                     Scratch::Room<float>(values) + Scratch::Room<std::int16_t>(values) +
                                     Scratch::Room<float>(image_cols) +
@@ -150,20 +200,42 @@ void Conv::RunLookup(const Call& call, std::span<const std::int64_t> shape, cons
                        .rounded = scratch.Take<std::int16_t>(values),
                        .factors = scratch.Take<float>(image_cols),
                        .tables = scratch.Take<std::uint8_t>(Lookup::TableBytes())};
-    SumBand(call.x + image * channels_ * image_rows * image_cols, image_rows, image_cols, grid, first, rows, room);
-    const size_t place = (image * outputs * grid.out_rows + first) * grid.out_cols;
-    kernels_->finish_across({.sums = room.sums,
-                             .pitch = padded,
-                             .count = rows * grid.out_cols,
-                             .lanes = outputs,
-                             .out = call.out + place,
-                             .addend = call.addend == nullptr ? nullptr : call.addend + place,
-                             .stride = grid.out_rows * grid.out_cols,
-                             .scales = lookup.scales(),
-                             .bias = call.bias,
-                             .low = call.low,
-                             .high = call.high});
+    const float its_most =
+        SumBand(call.x + image * channels_ * image_rows * image_cols, image_rows, image_cols, grid, bands, band, room);
+    for (float seen = most; seen < its_most && !most.compare_exchange_weak(seen, its_most);) continue;
+    const size_t first = bands.OutBegin(band);
+    const auto finish = [&](size_t begin, size_t end) {  // rows of the output
+      if (begin == end) return;
+      const size_t place = (image * outputs * grid.out_rows + begin) * grid.out_cols;
+      kernels_->finish_across({.sums = room.sums + (begin - first) * row_floats,
+                               .pitch = padded,
+                               .count = (end - begin) * grid.out_cols,
+                               .lanes = outputs,
+                               .out = call.out + place,
+                               .addend = call.addend == nullptr ? nullptr : call.addend + place,
+                               .stride = grid.out_rows * grid.out_cols,
+                               .scales = lookup.scales(),
+                               .bias = call.bias,
+                               .low = call.low,
+                               .high = call.high});
+    };
+    const auto meet = [&](size_t upper) {  // with the band before or after this one
+      const size_t begin = bands.OutBegin(upper + 1), end = bands.OutEnd(upper), floats = (end - begin) * row_floats;
+      const size_t index = image * (bands.count() - 1) + upper;
+      float* both = parts + 2 * index * meeting_floats;
+      float* own = room.sums + (begin - first) * row_floats;
+      if (floats == 0) return;
+      std::memcpy(both + (band == upper ? 0 : floats), own, floats * sizeof(float));
+      if (arrived[index].fetch_add(1) == 0) return;
+      kernels_->add_up(both, floats, 2, floats, own);
+      finish(begin, end);
+    };
+    const bool is_last = band + 1 == bands.count();
+    finish(band == 0 ? 0 : bands.OutEnd(band - 1), is_last ? grid.out_rows : bands.OutBegin(band + 1));
+    if (band > 0) meet(band - 1);
+    if (!is_last) meet(band);
   });
+  return Lookup::Suits(most);
 }
 
 }  // namespace vqonnx

@@ -9,7 +9,7 @@ namespace {
 
 using std::size_t;
 
-constexpr size_t kTaskFloats = 32768;  // of the output: enough for a task to be worth it
+constexpr size_t kTaskFloats = 32768, kLeastFloats = 8192;  // of the output: enough for a task to be worth it
 
 }  // namespace
 
@@ -20,7 +20,7 @@ void RunDepthwise(const Kernels& kernels, const Window& w, const Grid& grid, con
   const size_t outputs = static_cast<size_t>(image[1]), channels = static_cast<size_t>(image[0]) * outputs;
   const size_t image_plane = image_rows * image_cols, out_plane = grid.out_rows * grid.out_cols;
   const size_t kernel = w.kernel[0] * w.kernel[1];
-  const size_t parts = std::min(channels, Ceil(channels * (out_plane + 64), kTaskFloats));
+  const size_t parts = std::min(channels, PartsOf(channels * (out_plane + 64), kTaskFloats, kLeastFloats, 1));
   tasks.Each(parts, [&](size_t index) {
     const Part part = PartOf(channels, parts, index);
     for (size_t first = part.begin; first < part.begin + part.size;) {

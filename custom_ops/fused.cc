@@ -69,7 +69,7 @@ std::size_t Count(std::span<const std::int64_t> dims) {
   return count;
 }
 
-// One node. Nothing in it changes after it is made, but for a hint, so concurrent runs need no lock.
+// One node. Nothing in it changes after it is made, so concurrent runs need no lock.
 class FusedKernel {
  public:
   FusedKernel(const OrtApi* api, const Kernels& kernels, const OrtKernelInfo* info, const Kind& kind, std::string who)
@@ -124,7 +124,7 @@ class FusedKernel {
         call.addend = static_cast<const float*>(addend.data);
       }
       call.out = Output(api_, context, shape);
-      const NodeTasks tasks(api_, context, &unaided_);
+      const NodeTasks tasks(api_, context);
       const void* weight = InputData(api_, context, Kind::kWeight);
       if (kind_.coded()) call.codes = static_cast<const std::uint8_t*>(weight);
       if (const DepthwiseConv* depthwise = std::get_if<DepthwiseConv>(&layer_)) {
@@ -210,7 +210,6 @@ class FusedKernel {
   std::variant<std::monostate, Conv, DepthwiseConv, Matrix> layer_;
   std::size_t outputs_ = 0;
   std::vector<float> no_bias_;  // for an operator that has none
-  mutable Unaided unaided_ = 0;
   float low_ = -std::numeric_limits<float>::infinity(), high_ = std::numeric_limits<float>::infinity();
 };
 

@@ -75,6 +75,7 @@ class Conv {
  private:
   struct Image;
   struct Room;
+  class Bands;
   void Columns(const Grid& grid, std::int32_t* at) const;
   void RunWindows(const Call& call, const Image& image, const Tasks& tasks) const;
   void RunPositions(const Call& call, const Image& image, const Tasks& tasks) const;
@@ -83,10 +84,10 @@ class Conv {
   bool PrefersPositions(const Grid& grid) const;
   void PlanLookup(const std::uint8_t* codes, Precision precision);
   void RunExact(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
-  void RunLookup(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
-  void SumBand(const float* image, std::size_t image_rows, std::size_t image_cols, const Grid& grid,
-               std::size_t first_row, std::size_t band_rows, const Room& room) const;
-
+  // False: the inputs do not suit lookups, and the output is still to be computed.
+  bool RunLookup(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
+  float SumBand(const float* image, std::size_t image_rows, std::size_t image_cols, const Grid& grid,
+                const Bands& bands, std::size_t band, const Room& room) const;
   void AddPosition(const Lookup::Chunk& chunk, const Lookup::Class& tap_class, std::size_t column, const Grid& grid,
                    std::size_t out_row, std::size_t out_col, std::size_t band_rows, const Room& room) const;
 

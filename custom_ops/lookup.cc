@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "split.h"
 
@@ -158,7 +159,7 @@ Lookup::Chunk Lookup::At(size_t chunk) const {
           codes_.data() + stages_ * first * sets_.size() * kSetRows};
 }
 
-float Lookup::Round(const Chunk& chunk, const float* x, size_t inputs, std::int16_t* rounded) const {
+Lookup::Rounded Lookup::Round(const Chunk& chunk, const float* x, size_t inputs, std::int16_t* rounded) const {
   const size_t floats = std::min(chunk.blocks * width_, inputs - chunk.first_block * width_);
   float padded[kTableBlocks * (kTileDepth / kOctet + 1)];
   if (even_width_ != width_ || floats < chunk.blocks * width_) {
@@ -169,14 +170,14 @@ float Lookup::Round(const Chunk& chunk, const float* x, size_t inputs, std::int1
     x = padded;
   }
   const Extent extent = kernels_->measure(x, chunk.blocks, even_width_);
-  if (!(extent.most > kTiny)) {  // nothing, beside what else there is
+  if (!extent.finite || !(extent.most > kTiny && extent.most < kHuge)) {  // nothing, beside what else there is
     std::fill(rounded, rounded + chunk.blocks * even_width_, std::int16_t{0});
-    return 0.0F;
+    return {0.0F, extent.finite ? extent.most : std::numeric_limits<float>::infinity()};
   }
   const float by_length = most_length_ / std::sqrt(extent.square), by_value = kMostRounded / extent.most;
   const float scale = std::min(by_length, by_value);
   kernels_->quantise(x, chunk.blocks * even_width_, scale, rounded);
-  return worth_ / scale;
+  return {worth_ / scale, extent.most};
 }
 
 void Lookup::Build(const Chunk& chunk, const std::int16_t* rounded, std::uint8_t* tables) const {
@@ -200,11 +201,12 @@ void Lookup::Sum(const Chunk& chunk, const Tile& tile, const std::uint8_t* table
                         .add = add});
 }
 
+bool Lookup::Suits(float most) { return most == 0.0F || (most > kTiny && most < kHuge); }
+
 bool Lookup::Suits(const float* x, size_t count) const {
   const Extent extent = kernels_->measure(x, count / 2, 2);
   const float last = count % 2 != 0 ? std::fabs(x[count - 1]) : 0.0F;
-  const float most = std::max(extent.most, last);
-  return extent.finite && std::isfinite(last) && (most == 0.0F || (most > kTiny && most < kHuge));
+  return extent.finite && std::isfinite(last) && Suits(std::max(extent.most, last));
 }
 
 // Cycles, about, measured on Zen 5.

@@ -43,8 +43,12 @@ class Lookup {
   std::size_t chunk_values() const { return chunk_blocks_ * even_width_; }
 
   // Rounds the inputs [first_block * width, ..) of a chunk, `x` being the first of them and `inputs` how many there are
-  // in all, to chunk_values() integers. Returns what a unit of the tables is worth.
-  float Round(const Chunk& chunk, const float* x, std::size_t inputs, std::int16_t* rounded) const;
+  // in all, to chunk_values() integers.
+  struct Rounded {
+    float factor;  // what a unit of the tables is worth
+    float most;    // the largest magnitude of the inputs; infinite where one is no number
+  };
+  Rounded Round(const Chunk& chunk, const float* x, std::size_t inputs, std::int16_t* rounded) const;
 
   void Build(const Chunk& chunk, const std::int16_t* rounded, std::uint8_t* tables) const;
 
@@ -68,7 +72,9 @@ class Lookup {
   std::size_t padded_outputs() const { return padded_outputs_; }
   const float* scales() const { return scales_; }
 
-  // Whether lookups can deal with x, and lose no more than they should: finite, and neither huge nor tiny.
+  // Whether lookups can deal with inputs of which this is the largest magnitude, and lose no more than they should:
+  // finite, and neither huge nor tiny.
+  static bool Suits(float most);
   bool Suits(const float* x, std::size_t count) const;
 
   // Whether lookups are faster than multiplications, for a layer that for each output position makes the tables of so

@@ -34,7 +34,7 @@ struct Room {
 
 void SumRow(const Lookup& lookup, const Lookup::Chunk& chunk, const float* x, size_t inputs, const Room& room,
             float* sums, bool add) {
-  const float factor = lookup.Round(chunk, x + chunk.first_block * lookup.width(), inputs, room.rounded);
+  const float factor = lookup.Round(chunk, x + chunk.first_block * lookup.width(), inputs, room.rounded).factor;
   lookup.Build(chunk, room.rounded, room.tables);
   for (const Lookup::Tile& tile : lookup.tiles()) {
     float* its_sums[kMostSets];

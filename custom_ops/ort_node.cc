@@ -1,7 +1,5 @@
 #include "ort_node.h"
 
-#include <thread>
-
 namespace vqonnx {
 namespace {
 
@@ -147,24 +145,7 @@ float* Output(const OrtApi* api, OrtKernelContext* context, const std::vector<st
 }
 
 void NodeTasks::Run(std::size_t count, void (*task)(void*, std::size_t), void* data) const {
-  struct Job {
-    void (*task)(void*, std::size_t);
-    void* data;
-    std::thread::id caller;
-    std::atomic<bool> helped = false;
-  } job = {task, data, std::this_thread::get_id()};
-  const auto run = [](void* its_job, std::size_t index) {
-    Job& its = *static_cast<Job*>(its_job);
-    if (std::this_thread::get_id() != its.caller) its.helped.store(true, std::memory_order_relaxed);
-    its.task(its.data, index);
-  };
-  Check(api_, ort::KernelContext_ParallelFor(api_, context_, run, count, 0, &job));
-  if (unaided_ != nullptr && job.helped) *unaided_ = 0;
-}
-
-bool NodeTasks::Alone() const {
-  constexpr std::uint32_t kSure = 8, kAgain = 64;  // every now and then the others get another chance
-  return unaided_ != nullptr && *unaided_ > kSure && *unaided_ % kAgain != 0;
+  Check(api_, ort::KernelContext_ParallelFor(api_, context_, task, count, 0, data));
 }
 
 }  // namespace vqonnx

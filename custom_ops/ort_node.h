@@ -2,7 +2,6 @@
 #ifndef VQONNX_ORT_NODE_H_
 #define VQONNX_ORT_NODE_H_
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -75,23 +74,15 @@ std::optional<Tensor> ConstantInput(const OrtApi* api, const OrtKernelInfo* info
 
 float* Output(const OrtApi* api, OrtKernelContext* context, const std::vector<std::int64_t>& shape);
 
-// Runs of a node in a row in which no other thread helped. onnxruntime does not say how many it has.
-using Unaided = std::atomic<std::uint32_t>;
-
 // onnxruntime's threads.
 class NodeTasks : public Tasks {
  public:
-  NodeTasks(const OrtApi* api, const OrtKernelContext* context, Unaided* unaided = nullptr)
-      : api_(api), context_(context), unaided_(unaided) {
-    if (unaided != nullptr) ++*unaided;
-  }
+  NodeTasks(const OrtApi* api, const OrtKernelContext* context) : api_(api), context_(context) {}
   void Run(std::size_t count, void (*task)(void*, std::size_t), void* data) const override;
-  bool Alone() const override;
 
  private:
   const OrtApi* api_;
   const OrtKernelContext* context_;
-  Unaided* unaided_;
 };
 
 }  // namespace vqonnx

@@ -13,10 +13,6 @@ class Tasks {
   // Calls task(data, i) for each i < count, in any order and at the same time. `task` throws nothing.
   virtual void Run(std::size_t count, void (*task)(void*, std::size_t), void* data) const = 0;
 
-  // Whether this thread will most likely run all of them: then it is no use to cut work smaller than caches want.
-  // Results may not depend on it.
-  virtual bool Alone() const { return false; }
-
   // The same for a function object, which may throw std::bad_alloc (and nothing else).
   template <class Body>
   void Each(std::size_t count, const Body& body) const {
