@@ -40,7 +40,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "dqc"
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)[:, None, None]
 _STD = np.array([0.229, 0.224, 0.225], np.float32)[:, None, None]
 _BATCH = 128
-# Published: (bits, zero, penalty) -> accuracy in percent; METHODS 2.6.
+# Published: (bits, zero, penalty) -> accuracy in percent; Rao et al. 2019, Tables 4 and 7.
 PUBLISHED: dict[str, dict[tuple[int, bool, str], float]] = {
     "resnet20": {
         (3, False, "l2"): 90.07,
@@ -209,7 +209,7 @@ def _l2(chosen: argparse.Namespace, bits: int, zero: bool) -> float:
 
 
 def coded_after_training(network: str, model: Path, method: vqonnx.DQC, images: np.ndarray, folder: Path) -> Path:
-    """The network with its post-training codes (METHODS 2.9), as a plain file to train from; made once."""
+    """The network with its post-training codes, as a plain file to train from; made once."""
     coded, plain = (folder / f"{_code_name(network, method)}_{kind}.onnx" for kind in ("coded", "start"))
     if not coded.exists():
         start = dataclasses.replace(method, fit="search", feedback=True)

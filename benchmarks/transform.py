@@ -116,7 +116,7 @@ def _data(network: str) -> tuple[list[Feed], list[Feed], np.ndarray]:
 
 
 def write_gains() -> None:
-    """Coding gain of the ELT of the input channels, layer by layer of ResNet-56 (METHODS 4.3), with the damping."""
+    """Coding gain of the ELT of the input channels, layer by layer of ResNet-56, with the damping."""
     model = data_dir() / "models" / "resnet56.onnx"
     proto = load(model)
     sites = find(proto, model.parent).sites

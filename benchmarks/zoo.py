@@ -1,7 +1,8 @@
 """Every model of the zoo: compress, load, run, compare; what is refused, and with which words.
 
     python benchmarks/zoo.py [--method M]
-    python benchmarks/zoo.py --method all      # every method with its defaults, one row each
+    python benchmarks/zoo.py --total           # every method with its defaults, one row each
+    python benchmarks/zoo.py --total dqc svd   # these methods
 
 Uses generated inputs, as most of these models come without data, so the SNR says that a model works rather than how
 good it is. `kmeans` with 6 bits is the default here: small layers dominate in these models.
@@ -28,10 +29,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--method", default="kmeans")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE")
+    parser.add_argument("--total", nargs="*", metavar="METHOD")
     options = parser.parse_args()
     paths = sorted([*data_dir().glob("zoo/*/*.onnx"), *data_dir().glob("models/*.onnx")])
-    if options.method == "all":
-        print_all(paths)
+    if options.total is not None:
+        print_total(paths, options.total or [kind.id for kind in METHODS])
         return
     settings = dict(text.split("=", 1) for text in options.set) or ({"bits": 6} if options.method == "kmeans" else {})
     method = method_by_name(options.method, settings)
@@ -53,17 +55,17 @@ def row(path: Path, method: Method) -> str:
     )
 
 
-def print_all(paths: Sequence[Path]) -> None:
-    """Every method on every model: how many were compressed, loaded and run both ways, and what was refused."""
+def print_total(paths: Sequence[Path], methods: Sequence[str]) -> None:
+    """Each method on every model: how many were compressed, loaded and run both ways, and what was refused."""
     print(
         "| method | compressed | layers | left alone | ratio, all bytes | library agrees to | refused |\n"
         "|---|---|---|---|---|---|---|"
     )
-    for kind in METHODS:
+    for name in methods:
         done, layers, alone, before, after, worst, refused = 0, 0, 0, 0, 0, math.inf, []
         for path in paths:
             try:
-                result, saved, both = attempt(path, kind())
+                result, saved, both = attempt(path, method_by_name(name, {}))
             except vqonnx.VqonnxError as error:
                 refused.append(f"{_name(path)}: {error}".replace(str(path), path.name))
                 continue
@@ -74,7 +76,7 @@ def print_all(paths: Sequence[Path]) -> None:
                 worst = min(worst, -abs(plain - both.snr_db))
         agrees = f"{-worst:.2f} dB" if worst < math.inf else "-"
         print(
-            f"| {kind.id} | {done} of {len(paths)} | {layers} | {alone} | {before / after:.2f} | {agrees} "
+            f"| {name} | {done} of {len(paths)} | {layers} | {alone} | {before / after:.2f} | {agrees} "
             f"| {'; '.join(refused)} |",
             flush=True,
         )

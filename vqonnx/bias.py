@@ -1,7 +1,7 @@
 """The constant that is added to a layer's output: where it lies, and how compression corrects the mean it lost.
 
 With weights What on inputs xh the layer's mean output is What mean(xh) instead of W mean(x); the difference goes to the
-bias, which makes the error of each output zero-mean on the calibration data (METHODS 6.6).
+bias, which makes the error of each output zero-mean on the calibration data (Nagel et al. 2019, arXiv 1906.04721).
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ def compress(
 
     if limits is None:
         return attempt(None)
-    return fit(attempt, limits, sharing)
+    return fit(attempt, limits, before, sharing)
 
 
 def _as_run(layer: LayerRecord, factors: tuple[str, ...], fused: Mapping[str, str]) -> LayerRecord:

@@ -1,8 +1,8 @@
 """Whole multiples of a step for the weights of a layer, chosen for the error of its output and for the bits they take.
 
 Uniform quantisation with entropy coding is within 0.25 bit of the best that any code can do (Gish and Pierce 1968).
-Error feedback (METHODS 6.4) spreads what rounding does to one input over those that are still free; the choice between
-neighbouring multiples counts bits as well (Sullivan 1996; METHODS 6.12).
+Error feedback (Frantar et al. 2022, arXiv 2210.17323) spreads what rounding does to one input over those that are still
+free; the choice between neighbouring multiples counts bits as well (Sullivan 1996).
 """
 
 from __future__ import annotations

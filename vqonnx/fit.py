@@ -81,12 +81,13 @@ def parse_size(text: str) -> int:
         raise OptionError(f"size '{text}' is not understood; write it like 300KB (1,000) or 1.5MiB (1,024)") from None
 
 
-def fit(attempt: Callable[[float | None], Result], limits: Limits, sharing: Sharing | None) -> Result:
+def fit(attempt: Callable[[float | None], Result], limits: Limits, before: int, sharing: Sharing | None) -> Result:
     """The model that keeps to the limits.
 
     Args:
         attempt: Makes it with so many bytes for the layers that share.
         limits: What to keep to.
+        before: Bytes of the original.
         sharing: The layers that share; None where there are none.
 
     Raises:
@@ -94,27 +95,21 @@ def fit(attempt: Callable[[float | None], Result], limits: Limits, sharing: Shar
     """
     if sharing is None:
         raise OptionError("limits need calibration data and a method whose bits are shared, such as best")
-    if limits.drop is not None:
+    wanted = limits.bytes_of(before)
+    if wanted is None:
         return _least_loss(attempt, limits, sharing)
-    return _within(attempt, limits, sharing)
+    return _within(attempt, wanted, sharing)
 
 
-def _within(attempt: Callable[[float | None], Result], limits: Limits, sharing: Sharing) -> Result:
+def _within(attempt: Callable[[float | None], Result], wanted: int, sharing: Sharing) -> Result:
     """Bytes for the layers are corrected by what the file had too many or too few."""
-    wanted = limits.size
-    budget = None
+    budget = min(max(0.9 * wanted, sharing.least), sharing.most)
     best: Result | None = None
     sizes: list[int] = []
     tried: set[float] = set()
     for _ in range(_ATTEMPTS):
-        if budget is None:
-            guess = 0.9 * wanted if wanted is not None else (sharing.least + sharing.most) / 8
-            budget = min(max(guess, sharing.least), sharing.most)
         result = attempt(budget)
         tried.add(budget)
-        if wanted is None:
-            wanted = limits.bytes_of(result.bytes_before)
-            assert wanted is not None
         size = _bytes(result)
         _log.info("%d bytes for the layers make a file of %d, %d are wanted", budget, size, wanted)
         sizes.append(size)
@@ -129,7 +124,7 @@ def _within(attempt: Callable[[float | None], Result], limits: Limits, sharing: 
     if best is None and sharing.least not in tried:  # before it is said that it cannot be done
         result = attempt(sharing.least)
         sizes.append(_bytes(result))
-        best = result if wanted is not None and sizes[-1] <= wanted else None
+        best = result if sizes[-1] <= wanted else None
     if best is None:
         raise OptionError(
             f"a file of {wanted:,} bytes is not possible, the smallest has {min(sizes):,}; choose that or more"

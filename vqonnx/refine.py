@@ -1,9 +1,9 @@
 """Codes and codewords that make a layer's output error small, by closed forms and exact searches; no gradients.
 
 All of it minimises ``trace(E H E^T)`` with ``E = W - What`` and H the second moment of the layer's input, centred where
-a bias takes up the mean: the mean squared error of the layer's output on the calibration data. The formulas are those
-of METHODS 6: k-means with one metric for each block (6.1c), coordinate descent over the codes (6.2), the least-squares
-codebook (6.3) and error feedback from block to block (6.4; Frantar et al. 2022 for single weights).
+a bias takes up the mean: the mean squared error of the layer's output on the calibration data. Codes and words by k-means
+with one metric for each block (Stock et al. 2020 have one for all), by coordinate descent over the codes, by the
+least-squares codebook, and by error feedback from block to block (Frantar et al. 2022 for single weights).
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def descend(target: Target, codes: Codes, words: Array) -> Codes:
 
 
 def refit(target: Target, codes: Codes, words: Array) -> Array:
-    """The words of least error for given codes: ``(sum S^T H S + ridge) z = sum S^T H w + ridge z0`` (METHODS 6.3).
+    """The words of least error for given codes: ``(sum S^T H S + ridge) z = sum S^T H w + ridge z0``.
 
     Conjugate gradients from the present words, each product a gather, one matrix product and a scatter. Never makes the
     error larger.

@@ -37,7 +37,7 @@ class DQC(Method):
             input where there are calibration data.
         scale: ``none``, or the best of eight factors within an octave for each ``row``.
         feedback: Where there are calibration data, choose the codes one after the other, and let the weights that
-            follow make good each error (METHODS 2.9, 6.4) in the layer's output; the bias takes up the mean.
+            follow make good each error in the layer's output; the bias takes up the mean.
     """
 
     id: ClassVar[str] = "dqc"

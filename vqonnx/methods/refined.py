@@ -2,8 +2,8 @@
 
 Codes and words whose target is what the original layer gives, not what its weights are, in the centred metric
 of the input that the compressed layers before it make: k-means with one metric for each block, then coordinate descent
-over the codes and least-squares codewords in turn. Formulas: METHODS 6.1c, 6.2, 6.3, 6.4 and 6.5; which steps pay on
-real networks: QUALITY. The mean that is lost goes to the layer's bias, which the pass corrects.
+over the codes and least-squares codewords in turn (formulas: `vqonnx.refine`, `vqonnx.feedback`). The mean that is lost
+goes to the layer's bias, which the pass corrects.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Free permutations: channels of a model may be put in another order if all that touches them is changed with them.
 
-The outputs stay what they are, and weights may become easier to code (METHODS 5.1 and 6.9; Martinez et al. 2021).
+The outputs stay what they are, and weights may become easier to code (Martinez et al. 2021, arXiv 2010.15703).
 """
 
 from vqonnx.permute.apply import apply

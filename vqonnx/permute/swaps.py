@@ -1,7 +1,7 @@
 """Search an order of channels in which neighbouring ones make good blocks: a greedy start, then random swaps.
 
 For a codebook of vectors of ``width`` weights the error at a given rate goes with the determinant of the covariance of
-those vectors (METHODS 5.1, Martinez et al. 2021); for the metric of the input the same holds of its mean over blocks.
+those vectors (Martinez et al. 2021); for the metric of the input the same holds of its mean over blocks.
 Both are sums over blocks of parts of a matrix between channels, so a swap changes the part of two blocks.
 """
 
