@@ -19,7 +19,7 @@ from vqonnx.calibrate import Walk
 from vqonnx.dual import DualWalk
 from vqonnx.form import Form, stored_arrays
 from vqonnx.graph import Site, Skipped
-from vqonnx.menu import Plan, Progress, layer_of, warn_of_few
+from vqonnx.menu import FewRows, Plan, Progress, layer_of
 from vqonnx.method import Budgeted, Layer, LeftAlone, Method, Needs
 from vqonnx.moments import Moments, snr_db
 from vqonnx.pair import multiplications
@@ -74,6 +74,7 @@ def encode_layers(
     sites = [site for site, _ in plan]
     placements, layers, skipped = [], [], []
     stored: set[_Array] = set()
+    few = FewRows()
     biases: dict[str, Bias] = {}
     walking: Walk | DualWalk | nullcontext[None] = nullcontext()
     if feeds is not None and any(method.pairs for _, method in plan):
@@ -95,10 +96,9 @@ def encode_layers(
                 moments = walk.observe(site, method.order)
             elif walk is not None and method.needs is Needs.MOMENTS:
                 _log.warning("%s: in a subgraph or function, so its inputs are not observed", site.name)
-            if sharing is None and (
-                method.needs is Needs.MOMENTS or method.pairs
-            ):  # else said with the menus, or unused
-                warn_of_few(site, moments)
+            looks = method.needs is Needs.MOMENTS or method.pairs
+            if looks and sharing is None:  # the menus have looked before
+                few.look(site, moments)
             layer = replace(layer_of(plan, number, method, moments, seed), cross=cross)
             try:
                 form, size = _encode(layer, method, site, stored)
@@ -120,6 +120,7 @@ def encode_layers(
                 walk.set_constant(biases[site.name].shift(cross.lost(before, after, moments)))
             placements.append(Placement(site, form, view))
             layers.append(_record(layer, site, view, method, form, size, decoded, moments))
+    few.warn()
     store_biases(proto, biases.values())
     if progress:
         progress(len(plan), len(plan), "")

@@ -1,9 +1,9 @@
 """Whole numbers for the weights of a layer, whose errors make up for each other and whose bits count.
 
-Error feedback (Frantar et al. 2022, arXiv 2210.17323) decides column after column and spreads what rounding does to one over those that are still
-free. That is a search for the nearest point of a lattice that never turns back; here a row keeps its best few choices
-so far instead of one (the M-algorithm; Anderson and Mohan 1984), and begins with the columns that the others can make
-up for least.
+Error feedback (Frantar et al. 2022, arXiv 2210.17323) decides column after column and spreads what rounding does to one
+over those that are still free. That is a search for the nearest point of a lattice that never turns back; here a row
+keeps its best few choices so far instead of one (the M-algorithm; Anderson and Mohan 1984), and begins with the columns
+that the others can make up for least.
 """
 
 from __future__ import annotations

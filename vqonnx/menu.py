@@ -114,7 +114,7 @@ def read_menus(
         return {}
     if cache is not None:
         _make_folder(cache)
-    probe = Probe(model, folder, feeds)
+    probe, few = Probe(model, folder, feeds), FewRows()
     waiting: deque[tuple[int, float, float | None]] = deque()
     found = {}
 
@@ -123,7 +123,7 @@ def read_menus(
             for done, number in enumerate(numbers):
                 if progress:
                     progress(done, len(numbers), f"{plan[number][0].name} (measured)")
-                layers, energy, factor = _look(plan, number, walk, probe, seed)
+                layers, energy, factor = _look(plan, number, walk, probe, few, seed)
                 waiting.append((number, energy, factor))
                 yield delayed(_tried)(layers, cache)
 
@@ -139,17 +139,34 @@ def read_menus(
                 hull = lower_hull([offers[at].bytes for at in fitting], [offers[at].error for at in fitting])
                 curve = Curve(hull.rates, hull.errors, np.array(fitting)[hull.choices])
                 found[number] = Menu(int(np.prod(site.shape)), offers, curve, energy, factor)
+    few.warn()
     return _with_factors(found)
 
 
-def warn_of_few(site: Site, moments: Moments | None) -> None:
-    """Say where a layer sees fewer rows than it has columns: what is not seen is made up for by damping."""
-    if moments is not None and moments.rows < moments.cols:
+class FewRows:
+    """Layers that see fewer calibration rows than they have columns: what is not seen is made up for by damping."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[float, str, int, int]] = []
+
+    def look(self, site: Site, moments: Moments | None) -> None:
+        """Remember the layer if it is one of them."""
+        if moments is not None and moments.rows < moments.cols:
+            self._found.append((moments.rows / moments.cols, site.name, moments.rows, moments.cols))
+
+    def warn(self) -> None:
+        """One line for all of them."""
+        if not self._found:
+            return
+        _, name, rows, cols = min(self._found)
+        more = len(self._found) - 1
         _log.warning(
-            "%s: %d calibration rows for %d columns, so its inputs are known in part and damped; more data help",
-            site.name,
-            moments.rows,
-            moments.cols,
+            "%s%s: %s%d calibration rows for %d columns, so inputs are known in part and damped; more data help",
+            name,
+            f" and {more} more layer{'s' * (more > 1)}" if more else "",
+            "at worst " if more else "",
+            rows,
+            cols,
         )
 
 
@@ -172,7 +189,7 @@ def _killed_workers() -> Iterator[None]:
 
 
 def _look(
-    plan: Plan, number: int, walk: Walk, probe: Probe, seed: int
+    plan: Plan, number: int, walk: Walk, probe: Probe, few: FewRows, seed: int
 ) -> tuple[list[tuple[Budgeted, Layer]], float, float | None]:
     """The layer as each variant of its method sees it; the energy of its output; and how much that matters."""
     site, method = plan[number]
@@ -181,7 +198,7 @@ def _look(
     if not np.isfinite(weight).all():
         return [], 0.0, None
     moments = walk.observe(site, method.order) if walk.can_observe(site) else None
-    warn_of_few(site, moments)
+    few.look(site, moments)
     layers = [(variant, layer_of(plan, number, variant, moments, seed)) for variant in method.variants]
     shaken = noisy(weight, seed + number)
     seen = site.view(method.order)  # as the moments are

@@ -214,7 +214,8 @@ class Cross:
         """The weights that on xh come closest to W on x, means apart: ``(C + d)^-1 (Cx W^T + d W^T)``.
 
         The asymmetric target (``asym`` in the code of Li et al. 2021, arXiv 2102.05426) in covariances; ``d`` is
-        ``damping`` times the mean of the diagonal, and draws towards W. W itself where there are fewer than `_ROWS_FOR_TARGET` rows for a column: they fit noise.
+        ``damping`` times the mean of the diagonal, and draws towards W. W itself where there are fewer than
+        `_ROWS_FOR_TARGET` rows for a column: they fit noise.
         """
         wanted = weight.astype(np.float64)
         if not self.products or moments.rows < _ROWS_FOR_TARGET * weight.shape[1]:

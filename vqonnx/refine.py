@@ -1,9 +1,9 @@
 """Codes and codewords that make a layer's output error small, by closed forms and exact searches; no gradients.
 
 All of it minimises ``trace(E H E^T)`` with ``E = W - What`` and H the second moment of the layer's input, centred where
-a bias takes up the mean: the mean squared error of the layer's output on the calibration data. Codes and words by k-means
-with one metric for each block (Stock et al. 2020 have one for all), by coordinate descent over the codes, by the
-least-squares codebook, and by error feedback from block to block (Frantar et al. 2022 for single weights).
+a bias takes up the mean: the mean squared error of the layer's output on the calibration data. Codes and words by
+k-means with one metric for each block (Stock et al. 2020 have one for all), by coordinate descent over the codes, by
+the least-squares codebook, and by error feedback from block to block (Frantar et al. 2022 for single weights).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Entropy-coded scalar quantisation: whole multiples of a step, with short codes for those that are frequent.
 
 The step is one for a layer; where weights are small against it, or their inputs weak, most multiples are zero and take
-hardly any bits, so that no table of bit depths is needed. How the multiples are chosen is in `vqonnx.ecsq`, how they are
-stored in `vqonnx.prefix`.
+hardly any bits, so that no table of bit depths is needed. How the multiples are chosen is in `vqonnx.ecsq`, how they
+are stored in `vqonnx.prefix`.
 """
 
 from __future__ import annotations
