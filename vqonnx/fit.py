@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ _ATTEMPTS = 5
 _AIM = 0.996  # of the size that is asked for; what layers take differs a little from what they were given
 _ENOUGH = 0.985  # of it: the file may be so much smaller
 _SEARCH = 6
+_STEEPEST = 8.0  # bytes of the file for a byte of codes: of one bit, stored as bytes
 _UNIT = {"": 1, "B": 1, "KB": 1000, "KIB": 1024, "MB": 1000**2, "MIB": 1024**2, "GB": 1000**3, "GIB": 1024**3}
 
 _log = logging.getLogger(__name__)
@@ -105,31 +106,36 @@ def _within(attempt: Callable[[float | None], Result], wanted: int, sharing: Sha
     """Bytes for the layers are corrected by what the file had too many or too few."""
     budget = min(max(0.9 * wanted, sharing.least), sharing.most)
     best: Result | None = None
-    sizes: list[int] = []
-    tried: set[float] = set()
+    sizes: dict[float, int] = {}  # of the file, by the bytes for the layers
     for _ in range(_ATTEMPTS):
         result = attempt(budget)
-        tried.add(budget)
         size = _bytes(result)
         _log.info("%d bytes for the layers make a file of %d, %d are wanted", budget, size, wanted)
-        sizes.append(size)
+        sizes[budget] = size
         if size <= wanted and (best is None or size > _bytes(best)):
             best = result
         if best is not None and _bytes(best) >= _ENOUGH * wanted:
             break
-        following = min(max(budget + _AIM * wanted - size, sharing.least), sharing.most)
-        if following in tried:
+        budget = min(max(budget + (_AIM * wanted - size) / _slope(sizes), sharing.least), sharing.most)
+        if budget in sizes:
             break
-        budget = following
-    if best is None and sharing.least not in tried:  # before it is said that it cannot be done
+    if best is None and sharing.least not in sizes:  # before it is said that it cannot be done
         result = attempt(sharing.least)
-        sizes.append(_bytes(result))
-        best = result if sizes[-1] <= wanted else None
+        sizes[sharing.least] = _bytes(result)
+        best = result if sizes[sharing.least] <= wanted else None
     if best is None:
         raise OptionError(
-            f"a file of {wanted:,} bytes is not possible, the smallest has {min(sizes):,}; choose that or more"
+            f"a file of {wanted:,} bytes is not possible, the smallest has {min(sizes.values()):,}; choose that or more"
         )
     return best
+
+
+def _slope(sizes: Mapping[float, int]) -> float:
+    """Bytes of the file for each byte of the layers, by the last two attempts; a file with plain codes has several."""
+    if len(sizes) < 2:
+        return 1.0
+    (before, small), (now, large) = list(sizes.items())[-2:]
+    return float(min(max((large - small) / (now - before), 1.0), _STEEPEST))
 
 
 def _bytes(result: Result) -> int:
