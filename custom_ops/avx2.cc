@@ -26,6 +26,8 @@ struct Wide {
   static __m256 MulAdd(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
   static __m256 Max(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
   static __m256 Min(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+  static __m256 Div(__m256 a, __m256 b) { return _mm256_div_ps(a, b); }
+  static __m256 ToExponent(__m256 a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23)); }
   static __m256i First(std::size_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }

@@ -37,6 +37,10 @@ struct Wide {
   static __m512 MulAdd(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
   static __m512 Max(__m512 a, __m512 b) { return _mm512_maskz_max_ps(0xFFFF, a, b); }
   static __m512 Min(__m512 a, __m512 b) { return _mm512_maskz_min_ps(0xFFFF, a, b); }
+  static __m512 Div(__m512 a, __m512 b) { return _mm512_div_ps(a, b); }
+  static __m512 ToExponent(__m512 a) {
+    return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xFFFF, _mm512_castps_si512(a), 23));
+  }
   static __mmask16 First(std::size_t n) { return static_cast<__mmask16>((1U << n) - 1); }
   static __m512 LoadPart(const float* p, std::size_t n) { return _mm512_maskz_loadu_ps(First(n), p); }
   static void StorePart(float* p, std::size_t n, __m512 a) { _mm512_mask_storeu_ps(p, First(n), a); }

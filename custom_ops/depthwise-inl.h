@@ -1,4 +1,5 @@
-// Depthwise convolutions, channel by channel, over the vocabulary of kernels-inl.h and tile-inl.h and, from `Wide`:
+// Depthwise convolutions, channel by channel, over the vocabulary of kernels-inl.h, activation-inl.h and tile-inl.h
+// and, from `Wide`:
 //
 //   Range, RangeOf(begin, end)      lanes begin to end - 1 (begin 0 or more, end at most kLanes)
 //   LoadRange(p, range)             these lanes, and zeros in the others
@@ -35,14 +36,14 @@ inline decltype(Wide::Set(0.0F)) LoadTap(const Depthwise& d, const float* row, s
 }
 
 // What follows the sums of some outputs of a row, of which there are `left`.
+template <bool kSilu>
 struct DepthwiseEnd {
-  decltype(Wide::Set(0.0F)) low, high;
+  Activate<kSilu> activate;
   const float* last;  // where all lanes can still be written: those beyond the row are written again later
   std::ptrdiff_t addend;
   bool adds;
   VQONNX_INLINE explicit DepthwiseEnd(const Depthwise& d)
-      : low(Wide::Set(d.low)),
-        high(Wide::Set(d.high)),
+      : activate(d.activation),
         last(d.out + static_cast<std::ptrdiff_t>(d.channels * d.out_rows * d.out_cols) -
              static_cast<std::ptrdiff_t>(Wide::kLanes)),
         addend(d.addend == nullptr ? 0 : d.addend - d.out),
@@ -51,7 +52,7 @@ struct DepthwiseEnd {
     if (adds) {
       sum = Wide::Add(sum, left >= Wide::kLanes ? Wide::Load(out + addend) : Wide::LoadPart(out + addend, left));
     }
-    sum = Wide::Min(high, Wide::Max(low, sum));
+    sum = activate(sum);
     if (out <= last) {
       Wide::Store(out, sum);
     } else {
@@ -91,7 +92,7 @@ struct TapRow {
 
 // One channel, strip by strip, the last one first: kSize by kSize taps without gaps. Each row of the image is loaded
 // once, for all outputs that take it.
-template <std::size_t kSize, std::size_t kStride>
+template <std::size_t kSize, std::size_t kStride, bool kSilu>
 void SumDense(const Depthwise& d, std::size_t channel) {
   using V = decltype(Wide::Set(0.0F));
   constexpr std::size_t kSums = (kSize - 1) / kStride + 1;  // outputs that a row may be part of
@@ -99,7 +100,7 @@ void SumDense(const Depthwise& d, std::size_t channel) {
   const std::size_t image_rows = d.image_rows, image_cols = d.image_cols, pad_rows = d.pad_rows;
   const std::size_t out_rows = d.out_rows, out_cols = d.out_cols;
   const float* image = d.x + channel * image_rows * image_cols;
-  const DepthwiseEnd end(d);
+  const DepthwiseEnd<kSilu> end(d);
   const V bias = Wide::Set(d.bias[channel]);
   V taps[kSize * kSize];
   VQONNX_UNROLL
@@ -142,11 +143,12 @@ void SumDense(const Depthwise& d, std::size_t channel) {
 }
 
 // Any window.
+template <bool kSilu>
 void SumWindows(const Depthwise& d, std::size_t channel) {
   const std::size_t out_plane = d.out_rows * d.out_cols;
   const float* image = d.x + channel * d.image_rows * d.image_cols;
   const float* taps = d.taps + channel * d.kernel_rows * d.kernel_cols;
-  const DepthwiseEnd end(d);
+  const DepthwiseEnd<kSilu> end(d);
   for (std::size_t y = 0; y < d.out_rows; ++y) {
     for (std::size_t x = 0; x < d.out_cols; x += Wide::kLanes) {
       auto sum = Wide::Set(d.bias[channel]);
@@ -164,17 +166,20 @@ void SumWindows(const Depthwise& d, std::size_t channel) {
   }
 }
 
-void SumDepthwise(const Depthwise& d) {
+template <bool kSilu>
+void SumChannels(const Depthwise& d) {
   const bool dense = d.kernel_rows == d.kernel_cols && d.dilation_rows == 1 && d.dilation_cols == 1;
   const std::size_t size = dense ? d.kernel_rows : 0;
   const std::size_t stride = d.stride_rows == d.stride_cols ? d.stride_rows : 0;
-  const auto sum = size == 3 && stride == 1   ? SumDense<3, 1>
-                   : size == 5 && stride == 1 ? SumDense<5, 1>
-                   : size == 3 && stride == 2 ? SumDense<3, 2>
-                   : size == 5 && stride == 2 ? SumDense<5, 2>
-                                              : SumWindows;
+  const auto sum = size == 3 && stride == 1   ? SumDense<3, 1, kSilu>
+                   : size == 5 && stride == 1 ? SumDense<5, 1, kSilu>
+                   : size == 3 && stride == 2 ? SumDense<3, 2, kSilu>
+                   : size == 5 && stride == 2 ? SumDense<5, 2, kSilu>
+                                              : SumWindows<kSilu>;
   for (std::size_t channel = 0; channel < d.channels; ++channel) sum(d, channel);
 }
+
+void SumDepthwise(const Depthwise& d) { d.activation.silu ? SumChannels<true>(d) : SumChannels<false>(d); }
 
 }  // namespace
 }  // namespace vqonnx

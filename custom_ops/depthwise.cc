@@ -41,8 +41,7 @@ void RunDepthwise(const Kernels& kernels, const Window& w, const Grid& grid, con
                          .pad_cols = w.begin[1],
                          .bias = call.bias + output,
                          .addend = call.addend == nullptr ? nullptr : call.addend + first * out_plane,
-                         .low = call.low,
-                         .high = call.high,
+                         .activation = call.activation,
                          .out = call.out + first * out_plane,
                          .out_rows = grid.out_rows,
                          .out_cols = grid.out_cols});

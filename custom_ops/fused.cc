@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -16,7 +15,7 @@ namespace vqonnx {
 namespace {
 
 enum class Layer { kConv, kDepthwise, kGemm, kMatMul };
-enum class After { kNothing, kRelu, kClip, kAdd, kAddRelu };
+enum class After { kNothing, kRelu, kClip, kAdd, kAddRelu, kSilu };
 
 struct Kind {
   const char* name;
@@ -36,9 +35,11 @@ constexpr Kind kKinds[] = {{"Conv", Layer::kConv, After::kNothing},
                            {"ConvClip", Layer::kConv, After::kClip},
                            {"ConvAdd", Layer::kConv, After::kAdd},
                            {"ConvAddRelu", Layer::kConv, After::kAddRelu},
+                           {"ConvSilu", Layer::kConv, After::kSilu},
                            {"DepthwiseConv", Layer::kDepthwise, After::kNothing},
                            {"DepthwiseConvRelu", Layer::kDepthwise, After::kRelu},
                            {"DepthwiseConvClip", Layer::kDepthwise, After::kClip},
+                           {"DepthwiseConvSilu", Layer::kDepthwise, After::kSilu},
                            {"Gemm", Layer::kGemm, After::kNothing},
                            {"GemmRelu", Layer::kGemm, After::kRelu},
                            {"MatMul", Layer::kMatMul, After::kNothing}};
@@ -92,11 +93,12 @@ class FusedKernel {
       if (const std::optional<Tensor> bias = ConstantInput(api, info, kind.bias())) CheckBias(*bias);
     }
     if (kind.layer == Layer::kMatMul) no_bias_.assign(outputs_, 0.0F);
-    if (kind.after == After::kRelu || kind.after == After::kAddRelu) low_ = 0.0F;
+    if (kind.after == After::kRelu || kind.after == After::kAddRelu) activation_.low = 0.0F;
     if (kind.after == After::kClip) {
-      low_ = Bound(info, kind.next(), "min");
-      high_ = Bound(info, kind.next() + 1, "max");
+      activation_.low = Bound(info, kind.next(), "min");
+      activation_.high = Bound(info, kind.next() + 1, "max");
     }
+    activation_.silu = kind.after == After::kSilu;
   }
 
   OrtStatus* Compute(OrtKernelContext* context) const {
@@ -107,8 +109,7 @@ class FusedKernel {
                    .codes = nullptr,
                    .bias = no_bias_.data(),
                    .addend = nullptr,
-                   .low = low_,
-                   .high = high_,
+                   .activation = activation_,
                    .out = nullptr};
       Tensor bias;
       if (kind_.layer != Layer::kMatMul) {
@@ -210,7 +211,7 @@ class FusedKernel {
   std::variant<std::monostate, Conv, DepthwiseConv, Matrix> layer_;
   std::size_t outputs_ = 0;
   std::vector<float> no_bias_;  // for an operator that has none
-  float low_ = -std::numeric_limits<float>::infinity(), high_ = std::numeric_limits<float>::infinity();
+  Activation activation_ = kNoActivation;
 };
 
 struct FusedOp : OrtCustomOp {

@@ -83,6 +83,7 @@ void FuzzLayers(const Kernels& kernels, unsigned seeds) {
     const Precision precision = seed % 2 ? Precision::kTables : Precision::kExact;
     try {
       Call call = {.x = nullptr, .codes = code_bytes.data(), .bias = nullptr, .addend = nullptr};
+      call.activation.silu = seed % 3 == 0;
       if (is_conv) {
         const Conv conv(inputs, node.perm, node.strides, node.dilations, node.pads, node.group, precision, kernels);
         const Dims out_shape = conv.OutputShape(shape);

@@ -1,6 +1,7 @@
 // The portable kernels, which are the specification of the fast ones, and the choice between tables.
 #include "kernels.h"
 
+#include <bit>
 #include <cassert>
 #include <cstdio>
 #include <cstring>
@@ -27,6 +28,8 @@ struct Scalar {
   static float MulAdd(float a, float b, float c) { return a * b + c; }
   static float Max(float a, float b) { return a > b ? a : b; }
   static float Min(float a, float b) { return a < b ? a : b; }
+  static float Div(float a, float b) { return a / b; }
+  static float ToExponent(float a) { return std::bit_cast<float>(std::bit_cast<std::uint32_t>(a) << 23); }
   static float LoadPart(const float* p, std::size_t) { return *p; }
   static void StorePart(float* p, std::size_t, float a) { *p = a; }
   using Range = bool;

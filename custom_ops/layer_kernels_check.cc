@@ -25,6 +25,17 @@ bool Close(float got, double want, double scale) {
   return std::fabs(static_cast<double>(got) - want) <= 1e-5 * scale + 1e-30;
 }
 
+// Whether `got` may be what the activation makes of `value`: its bits, or for silu within 3e-7.
+bool IsActivated(float got, float value, const Activation& activation) {
+  if (!activation.silu) {
+    value = activation.low > value ? activation.low : value;
+    return Same(got, activation.high < value ? activation.high : value);
+  }
+  const double want = Activated(value, activation);
+  if (!std::isfinite(want)) return Same(got, static_cast<float>(want));
+  return std::fabs(double{got} - want) <= 3e-7 * std::fabs(want) + 1e-36;
+}
+
 void CheckTiles(const Kernels& kernels, unsigned seed) {
   Random random(seed);
   struct Form {
@@ -96,10 +107,13 @@ void CheckFinish(const Kernels& kernels, unsigned seed) {
     const std::vector<float> addend = Values(random, size, true);
     const bool scaled = Pick(random, 0, 1) != 0, adds = Pick(random, 0, 1) != 0;
     const float kInfinity = std::numeric_limits<float>::infinity();
-    const std::array<std::array<float, 2>, 3> bounds = {{{-kInfinity, kInfinity}, {0.0F, kInfinity}, {-0.5F, 0.75F}}};
-    const auto [low, high] = bounds[Pick(random, 0, 2)];
+    const std::array<Activation, 4> activations = {
+        {{-kInfinity, kInfinity, false}, {0.0F, kInfinity, false}, {-0.5F, 0.75F, false}, {1.0F, 2.0F, true}}};
+    const Activation activation = activations[Pick(random, 0, 3)];
     Guarded out(size, seed % 5);
-    std::vector<float> want(out.data(), out.data() + size);
+    const std::vector<float> before(out.data(), out.data() + size);
+    std::vector<float> values(size);
+    std::vector<bool> wanted(size, false);
     for (size_t i = 0; i < count; ++i) {
       for (size_t j = 0; j < lanes; ++j) {
         const size_t place = form.across ? j * stride + i : i * stride + j;
@@ -107,8 +121,8 @@ void CheckFinish(const Kernels& kernels, unsigned seed) {
         if (scaled) value *= scales[form.by_row ? i : j];
         value += bias[form.by_row ? i : j];
         if (adds) value += addend[place];
-        value = low > value ? low : value;
-        want[place] = high < value ? high : value;
+        values[place] = value;
+        wanted[place] = true;
       }
     }
     form.finish({.sums = sums.data(),
@@ -120,11 +134,11 @@ void CheckFinish(const Kernels& kernels, unsigned seed) {
                  .stride = stride,
                  .scales = scaled ? scales.data() : nullptr,
                  .bias = bias.data(),
-                 .low = low,
-                 .high = high});
+                 .activation = activation});
     if (!out.Intact()) return Fail(kernels, Named(seed), std::string(form.name) + " writes beside its output");
     for (size_t i = 0; i < size; ++i) {
-      if (!Same(out.data()[i], want[i])) {
+      const float got = out.data()[i];
+      if (wanted[i] ? !IsActivated(got, values[i], activation) : !Same(got, before[i])) {
         return Fail(kernels, Named(seed), std::string(form.name) + " differs at " + std::to_string(i));
       }
     }
@@ -140,6 +154,35 @@ void CheckFinish(const Kernels& kernels, unsigned seed) {
     same = same && Same(out.data()[j], want);
   }
   if (!same) Fail(kernels, Named(seed), "add_up differs");
+}
+
+// Silu of any floats, and of those in the range where its power is finite.
+void CheckSilu(const Kernels& kernels, unsigned seed) {
+  Random random(seed);
+  constexpr size_t kCount = 500;
+  const float infinity = std::numeric_limits<float>::infinity();
+  std::vector<float> values = {-infinity, infinity, std::nanf(""), 0.0F, -0.0F, 100.0F, -100.0F, 88.0F, -88.5F, -89.0F};
+  while (values.size() < kCount) {
+    values.push_back(Pick(random, 0, 1) != 0 ? std::bit_cast<float>(static_cast<std::uint32_t>(random()))
+                                             : std::uniform_real_distribution<float>(-90.0F, 90.0F)(random));
+  }
+  const Activation activation = {0.0F, 0.0F, true};
+  const float no_bias = 0.0F;
+  Guarded out(kCount, 0);
+  kernels.finish_rows({.sums = values.data(),
+                       .pitch = kCount,
+                       .count = 1,
+                       .lanes = kCount,
+                       .out = out.data(),
+                       .addend = nullptr,
+                       .stride = kCount,
+                       .scales = nullptr,
+                       .bias = &no_bias,
+                       .activation = activation});
+  for (size_t i = 0; i < kCount; ++i) {
+    if (IsActivated(out.data()[i], values[i], activation)) continue;
+    return Fail(kernels, Named(seed), "silu differs at " + std::to_string(values[i]));
+  }
 }
 
 // Panels and dot products of a random form, whose words may be anything.
@@ -224,7 +267,7 @@ void CheckDepthwise(const Kernels& kernels, unsigned seed) {
                            addend = Values(random, d.channels * out_plane, false);
   const bool adds = Pick(random, 0, 3) == 0;
   d.x = x.data(), d.taps = taps.data(), d.bias = bias.data(), d.addend = adds ? addend.data() : nullptr;
-  d.low = -1.0F, d.high = 2.0F;
+  d.activation = {-1.0F, 2.0F, Pick(random, 0, 2) == 0};
   Guarded out(d.channels * out_plane, seed % 5);
   d.out = out.data();
   kernels.depthwise(d);
@@ -240,8 +283,7 @@ void CheckDepthwise(const Kernels& kernels, unsigned seed) {
       want += product;
       scale += std::fabs(product);
     }
-    want = std::min(std::max(want, double{d.low}), double{d.high});
-    if (!Close(out.data()[i], want, scale + 1.0)) {
+    if (!Close(out.data()[i], Activated(want, d.activation), kSiluRise * (scale + 1.0))) {
       return Fail(kernels, Named(seed), "depthwise differs at " + std::to_string(i));
     }
   }
@@ -316,6 +358,7 @@ void CheckTables(const Kernels& kernels, unsigned seed) {
 void CheckLayerKernels(const Kernels& kernels, unsigned seed) {
   CheckTiles(kernels, seed);
   CheckFinish(kernels, seed);
+  CheckSilu(kernels, seed);
   CheckForms(kernels, seed);
   CheckDepthwise(kernels, seed);
   CheckTables(kernels, seed);

@@ -18,6 +18,10 @@ struct Wide {
   // Not vmaxq and vminq, which tell the zeros apart.
   static float32x4_t Max(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static float32x4_t Min(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+  static float32x4_t Div(float32x4_t a, float32x4_t b) { return vdivq_f32(a, b); }
+  static float32x4_t ToExponent(float32x4_t a) {
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(a), 23));
+  }
   static float32x4_t LoadPart(const float* p, std::size_t n) {
     float lanes[kLanes] = {};
     for (std::size_t i = 0; i < n; ++i) lanes[i] = p[i];
