@@ -30,7 +30,8 @@ _KEPT = {
     "Gemm": ["alpha: float = 1.0", "beta: float = 1.0", "transA: int = 0"],
     "MatMul": [],
 }
-_FURTHER = {"Add": ["Z"], "Clip": ["min", "max"], "Relu": []}  # inputs of a follower besides the value before it
+_FURTHER = {"Add": ["Z"], "Clip": ["min", "max"]}  # inputs of a follower besides those of the nodes before it
+SILU = ("Sigmoid", "Mul")  # of the layer's output, and of both
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,14 @@ class FusedOp:
 
     @property
     def name(self) -> str:
-        """Name of the op, such as ``ConvAddRelu``."""
-        return self.layer + "".join(self.tail)
+        """Name of the op, such as ``ConvAddRelu`` or ``ConvSilu``."""
+        return self.layer + ("Silu" if self.tail == SILU else "".join(self.tail))
 
     @property
     def inputs(self) -> list[str]:
         """Its inputs in order."""
         weight, bias = CODED if self.coded else ("W",), [] if self.layer == "MatMul" else ["B"]
-        return ["X", *weight, *bias, *(name for step in self.tail for name in _FURTHER[step])]
+        return ["X", *weight, *bias, *(name for step in self.tail for name in _FURTHER.get(step, []))]
 
     def function(self, opset: int) -> FunctionProto:
         """The body for a model at ``opset``."""
@@ -80,7 +81,8 @@ class FusedOp:
         for step in self.tail:
             before = f"before_{step}"
             lines[-1] = lines[-1].replace("Y = ", f"{before} = ", 1)
-            lines.append(f"Y = {step} ({', '.join([before, *_FURTHER[step]])})")
+            operands = ["before_Sigmoid", before] if step == "Mul" else [before, *_FURTHER.get(step, [])]
+            lines.append(f"Y = {step} ({', '.join(operands)})")
         body = "\n".join(lines)
         return onnx.parser.parse_function(
             f'<domain: "{DOMAIN}", opset_import: ["" : {opset}, "{DOMAIN}" : {VERSION}]>\n'
@@ -95,11 +97,13 @@ _ALL = (
     FusedOp("Conv", ("Clip",)),
     FusedOp("Conv", ("Add",)),
     FusedOp("Conv", ("Add", "Relu")),
+    FusedOp("Conv", SILU),
     FusedOp("Gemm"),
     FusedOp("Gemm", ("Relu",)),
     FusedOp("MatMul"),
     FusedOp(_DEPTHWISE),
     FusedOp(_DEPTHWISE, ("Relu",)),
     FusedOp(_DEPTHWISE, ("Clip",)),
+    FusedOp(_DEPTHWISE, SILU),
 )
 FUSED = {op.name: op for op in _ALL}

@@ -1,4 +1,4 @@
-"""Fuse layers: one op for the codes of a weight, the layer that reads it, and the Relu, Clip or Add that follows it.
+"""Fuse layers: one op for the codes of a weight, the layer that reads it, and what follows it (Relu, Clip, Silu, Add).
 
 Nodes of subgraphs and functions keep their Decode, and so does every layer for which `fused.py` has no op.
 `unfusion.py` takes the ops apart again.
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper
 
 from vqonnx.errors import OptionError
-from vqonnx.fused import CLIP_OPSET, FUSED, HANDED_ON, FusedOp
+from vqonnx.fused import CLIP_OPSET, FUSED, HANDED_ON, SILU, FusedOp
 from vqonnx.graph import Scope, attributes, constant_value, scopes
 from vqonnx.modelfile import remove_entries, set_nodes
 from vqonnx.ops import DOMAIN
@@ -159,6 +159,11 @@ def _node(group: _Group, place: dict[int, int]) -> NodeProto:
 def _attribute(name: str, value: int | Sequence[int]) -> AttributeProto:
     kind = AttributeProto.INT if isinstance(value, int) else AttributeProto.INTS
     return helper.make_attribute(name, value, attr_type=kind)
+
+
+def _is_plain(node: NodeProto) -> bool:
+    """Whether a node is a standard operator of one output, without attributes."""
+    return not node.domain and not node.attribute and len(node.output) == 1
 
 
 class _Graph:
@@ -322,6 +327,9 @@ class _Graph:
         Of two convolutions (outputs in ``convs``) that are added, the first summand takes the sum, as in onnxruntime.
         """
         nothing: _Tail = (), (), {}
+        silu = self._silu(layer.output[0])
+        if silu is not None:
+            return silu, (), {"swapped": True} if silu[1].input[1] == layer.output[0] else {}
         first = self._follower(layer.output[0])
         if first is None or layer.op_type == "MatMul":
             return nothing
@@ -341,10 +349,21 @@ class _Graph:
             return (first, *relu), (residual,), {"swapped": True} if swapped else {}
         return nothing
 
+    def _silu(self, name: str) -> tuple[NodeProto, NodeProto] | None:
+        """The Sigmoid of a value and its product with it, if these two are all that reads it."""
+        uses = self._scope.uses.get(name, [])
+        if len(uses) != 2 or any(use.scope is not self._scope for use in uses) or name in self._scope.outputs:
+            return None
+        for sigmoid, product in (uses, uses[::-1]):
+            nodes = sigmoid.node, product.node
+            if tuple(node.op_type for node in nodes) == SILU and _is_plain(sigmoid.node):
+                return nodes if self._follower(sigmoid.node.output[0]) is product.node else None
+        return None
+
     def _follower(self, name: str) -> NodeProto | None:
         """The only reader of a value, if it is a plain operator."""
         node = self._only_reader(name)
-        return None if node is None or node.domain or node.attribute or len(node.output) != 1 else node
+        return None if node is None or not _is_plain(node) else node
 
     def _limits(self, clip: NodeProto) -> tuple[tuple[str, ...], dict[str, Any]] | None:
         """Names of a Clip's constant limits; one that is not given is made."""
