@@ -4,5 +4,7 @@
 #include "activation-inl.h"
 #include "tile-inl.h"
 #include "dot-inl.h"
+#include "windows-inl.h"
 #include "depthwise-inl.h"
+#include "pool-inl.h"
 // clang-format on

@@ -40,6 +40,9 @@ struct Wide {
   using Range = __m256i;
   static Range RangeOf(std::size_t begin, std::size_t end) { return _mm256_andnot_si256(First(begin), First(end)); }
   static __m256 LoadRange(const float* p, Range range) { return _mm256_maskload_ps(p, range); }
+  static __m256 LoadRangeOr(const float* p, Range range, __m256 other) {
+    return _mm256_blendv_ps(other, LoadRange(p, range), _mm256_castsi256_ps(range));
+  }
   static void SplitPairs(__m256 a, __m256 b, __m256* even, __m256* odd) {
     const __m256d evens = _mm256_castps_pd(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(2, 0, 2, 0)));  // a b | a b
     const __m256d odds = _mm256_castps_pd(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 3, 1)));
@@ -124,6 +127,7 @@ const Kernels kAvx2 = {.name = "avx2",
                        .tile_windows = TileWindows,
                        .tile_positions = TilePositions,
                        .depthwise = SumDepthwise,
+                       .max_pool = MaxPools,
                        .finish_rows = FinishRows,
                        .finish_columns = FinishColumns,
                        .finish_across = FinishAcross,

@@ -47,6 +47,7 @@ struct Wide {
   using Range = __mmask16;
   static Range RangeOf(std::size_t begin, std::size_t end) { return static_cast<Range>((1U << end) - (1U << begin)); }
   static __m512 LoadRange(const float* p, Range range) { return _mm512_maskz_loadu_ps(range, p); }
+  static __m512 LoadRangeOr(const float* p, Range range, __m512 other) { return _mm512_mask_loadu_ps(other, range, p); }
   static void SplitPairs(__m512 a, __m512 b, __m512* even, __m512* odd) {
     const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     *even = _mm512_permutex2var_ps(a, evens, b);

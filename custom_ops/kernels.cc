@@ -35,6 +35,7 @@ struct Scalar {
   using Range = bool;
   static Range RangeOf(std::size_t begin, std::size_t end) { return begin < end; }
   static float LoadRange(const float* p, Range range) { return range ? *p : 0.0F; }
+  static float LoadRangeOr(const float* p, Range range, float other) { return range ? *p : other; }
   static void SplitPairs(float a, float b, float* even, float* odd) { *even = a, *odd = b; }
 };
 using Narrow = Scalar;
@@ -170,6 +171,7 @@ const Kernels kPortable = {.name = "portable",
                            .tile_windows = TileWindows,
                            .tile_positions = TilePositions,
                            .depthwise = SumDepthwise,
+                           .max_pool = MaxPools,
                            .finish_rows = FinishRows,
                            .finish_columns = FinishColumns,
                            .finish_across = FinishAcross,

@@ -36,9 +36,11 @@ struct Wide {
     std::size_t begin, end;
   };
   static Range RangeOf(std::size_t begin, std::size_t end) { return {begin, end}; }
-  static float32x4_t LoadRange(const float* p, Range range) {
+  static float32x4_t LoadRange(const float* p, Range range) { return LoadRangeOr(p, range, Set(0.0F)); }
+  static float32x4_t LoadRangeOr(const float* p, Range range, float32x4_t other) {
     if (range.begin == 0 && range.end == kLanes) return Load(p);
-    float lanes[kLanes] = {};
+    float lanes[kLanes];
+    Store(lanes, other);
     for (std::size_t i = range.begin; i < range.end; ++i) lanes[i] = p[i];
     return Load(lanes);
   }
@@ -116,6 +118,7 @@ const Kernels kNeon = {.name = "neon",
                        .tile_windows = TileWindows,
                        .tile_positions = TilePositions,
                        .depthwise = SumDepthwise,
+                       .max_pool = MaxPools,
                        .finish_rows = FinishRows,
                        .finish_columns = FinishColumns,
                        .finish_across = FinishAcross,
