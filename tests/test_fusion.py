@@ -172,7 +172,7 @@ FUSES: dict[str, tuple[str, dict[str, str]]] = {
         f"""{IMAGE} {{ a = Conv {SAME} (x, w)  r = Abs (a)  s = Mul (r, channel)
             p = MaxPool <kernel_shape = [2, 2]> (s)  d = Conv <group = 4, strides = [2, 2]> (p, dw)
             f = Conv {DEEP} (d, dv)  y = Neg (f) }}""",
-        {"w": "Conv", "dw": "DepthwiseConv", "dv": "DepthwiseConv"},
+        {"w": "Conv", "dw": "DepthwiseConv", "dv": "DepthwiseConv", "p": "MaxPool"},
     ),
     "depthwise with a sum": (
         f"{IMAGE} {{ a = Conv {SAME} (x, w)  d = Conv {DEEP} (a, dw)  y = Add (d, x) }}",
@@ -198,6 +198,47 @@ FUSES: dict[str, tuple[str, dict[str, str]]] = {
     "depthwise, two outputs a channel": (
         f"{IMAGE} {{ a = Conv {SAME} (x, w)  d = Conv {DEEP} (a, wide)  y = Conv (d, from_wide) }}",
         {"w": "Conv", "from_wide": "Conv"},
+    ),
+    "pool": (
+        f"""{IMAGE} {{ a = Conv {SAME} (x, w, b)  r = Relu (a)
+            y = MaxPool <kernel_shape = [3, 3], strides = [2, 2]> (r) }}""",
+        {"w": "ConvRelu", "y": "MaxPool"},
+    ),
+    "pools of a sum, and of a pool": (
+        f"""{IMAGE} {{ a = Conv {SAME} (x, w)  s = Sigmoid (a)  r = Mul (a, s)
+            p = MaxPool <kernel_shape = [3, 3], auto_pad = "SAME_UPPER"> (r)
+            q = MaxPool <kernel_shape = [5, 5], pads = [2, 2, 2, 2], dilations = [1, 1], ceil_mode = 0> (p)
+            c = Concat <axis = 1> (r, p, q)  n = Abs (c)  y = MaxPool <kernel_shape = [1, 2]> (c) }}""",
+        {"w": "ConvSilu", "p": "MaxPool", "q": "MaxPool", "y": "MaxPool"},
+    ),
+    "pool then relu": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w, b)  p = MaxPool <kernel_shape = [2, 2]> (a)  y = Relu (p) }}",
+        {"w": "Conv", "p": "MaxPool"},
+    ),
+    "pool in front": (f"{IMAGE} {{ p = MaxPool <kernel_shape = [2, 2]> (x)  y = Conv {SAME} (p, w) }}", {"w": "Conv"}),
+    "pool of what may have another type": (
+        f"""{IMAGE} {{ a = Conv {SAME} (x, w)  d = Cast <to = 11> (a)  p = MaxPool <kernel_shape = [2, 2]> (d)
+            y = Cast <to = 1> (p) }}""",
+        {"w": "Conv"},
+    ),
+    "pool with rounding up": (
+        f"""{IMAGE} {{ a = Conv {SAME} (x, w)
+            y = MaxPool <kernel_shape = [3, 3], strides = [2, 2], ceil_mode = 1> (a) }}""",
+        {"w": "Conv"},
+    ),
+    "pool with dilations": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w)  y = MaxPool <kernel_shape = [2, 2], dilations = [2, 1]> (a) }}",
+        {"w": "Conv"},
+    ),
+    "pool with places": (
+        f"""{IMAGE} {{ a = Conv {SAME} (x, w)  p, i = MaxPool <kernel_shape = [2, 2]> (a)
+            f = Cast <to = 1> (i)  y = Add (p, f) }}""",
+        {"w": "Conv"},
+    ),
+    "pool of one axis": (
+        """(float[N, 4, 9] x) => (float[N, C, L] y) {
+            a = Conv (x, one)  y = MaxPool <kernel_shape = [3], strides = [3]> (a) }""",
+        {"one": "Conv", "y": "MaxPool"},
     ),
     "a weight that two read": (f"{IMAGE} {{ a = Conv {SAME} (x, w)  y = Conv {SAME} (a, w) }}", {}),
     "transposed": (f"{IMAGE} {{ y = ConvTranspose (x, w) }}", {}),

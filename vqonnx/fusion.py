@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper
 
 from vqonnx.errors import OptionError
-from vqonnx.fused import CLIP_OPSET, FUSED, HANDED_ON, SILU, FusedOp
+from vqonnx.fused import CLIP_OPSET, FUSED, LAYERS, SILU, FusedOp
 from vqonnx.graph import Scope, attributes, constant_value, scopes
 from vqonnx.modelfile import remove_entries, set_nodes
 from vqonnx.ops import DOMAIN
 from vqonnx.origin import KEY, Origin, texts_of
-from vqonnx.padding import conv_attributes
+from vqonnx.padding import conv_attributes, pool_attributes
 from vqonnx.place import Target, all_names, main_opset, node_reads
 from vqonnx.shapes import Shape, infer_shapes
 from vqonnx.unfusion import split_layers
@@ -30,6 +30,25 @@ from vqonnx.writer import Writer
 
 # Whether `compress` fuses unless it is told otherwise.
 BY_DEFAULT = True
+
+# Operators whose first output has the type of all inputs.
+_SAME_TYPE = {
+    *(
+        "Abs",
+        "Add",
+        "AveragePool",
+        "Clip",
+        "Concat",
+        "Elu",
+        "HardSigmoid",
+        "HardSwish",
+        "LRN",
+        "LeakyRelu",
+        "MaxPool",
+        "Mul",
+    ),
+    *("Neg", "PRelu", "Relu", "Selu", "Sigmoid", "Softplus", "Sub", "Tanh"),
+}
 
 _FLOAT_LIMITS = np.finfo(np.float32)
 
@@ -40,10 +59,10 @@ _Tail = tuple[tuple[NodeProto, ...], tuple[str, ...], dict[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A layer whose weight is one Decode, or a depthwise convolution.
+    """A layer whose weight is one Decode, a depthwise convolution, or a MaxPool.
 
     Attributes:
-        decode: Yields the weight; None if that is stored as it is.
+        decode: Yields the weight; None if that is stored as it is, or there is none.
         node: Reads it.
         missing: Attributes that the op needs and the node does not have.
         bias: Name of the bias; None where the op has none.
@@ -55,6 +74,22 @@ class _Layer:
     missing: dict[str, Any]
     bias: str | None
     origin: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """Layer of the op."""
+        is_depthwise = self.decode is None and self.node.op_type == "Conv"
+        return "DepthwiseConv" if is_depthwise else self.node.op_type
+
+    @property
+    def weight(self) -> list[str]:
+        """Name of the weight, if it has one."""
+        return list(self.node.input[1:2])
+
+    @property
+    def name(self) -> str:
+        """Name of the weight, or of the output."""
+        return next(iter(self.weight), self.node.output[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +141,7 @@ def fuse_layers(model: ModelProto, folder: Path) -> dict[str, str]:
         folder: Where it lies, for external data.
 
     Returns:
-        Name of the op by name of the weight.
+        Name of the op by name of the weight; that of a MaxPool by name of the output.
     """
     split_layers(model, folder)
     graph = _Graph(model, folder)
@@ -126,7 +161,7 @@ def fuse_layers(model: ModelProto, folder: Path) -> dict[str, str]:
     if any(function.domain == DOMAIN for function in model.functions):
         names = sorted({group.op.name for group in groups})
         model.functions.extend(FUSED[name].function(graph.opset) for name in names)
-    return {group.layer.node.input[1]: group.op.name for group in groups}
+    return {group.layer.name: group.op.name for group in groups}
 
 
 def _node(group: _Group, place: dict[int, int]) -> NodeProto:
@@ -147,7 +182,7 @@ def _node(group: _Group, place: dict[int, int]) -> NodeProto:
     node.op_type, node.domain = group.op.name, DOMAIN
     del node.input[:], node.output[:]
     bias = [] if layer.bias is None else [layer.bias]
-    weight = layer.node.input[1:2] if decode is None else decode.input
+    weight = layer.weight if decode is None else decode.input
     node.input.extend([layer.node.input[0], *weight, *bias, *group.further])
     node.output.append(group.nodes[-1].output[0])
     node.attribute.extend(_attribute(name, value) for name, value in layer.missing.items())
@@ -159,6 +194,11 @@ def _node(group: _Group, place: dict[int, int]) -> NodeProto:
 def _attribute(name: str, value: int | Sequence[int]) -> AttributeProto:
     kind = AttributeProto.INT if isinstance(value, int) else AttributeProto.INTS
     return helper.make_attribute(name, value, attr_type=kind)
+
+
+def _keeps_type(node: NodeProto, output: str) -> bool:
+    """Whether an output has the type of every input."""
+    return not node.domain and node.op_type in _SAME_TYPE and output == node.output[0]
 
 
 def _is_plain(node: NodeProto) -> bool:
@@ -191,20 +231,32 @@ class _Graph:
         layers = {node.output[0]: layer for node in self.nodes if (layer := self._layer(node)) is not None}
         convs = {name for name, layer in layers.items() if layer.node.op_type == "Conv"}
         if layers:
-            layers |= self._depthwise(set(layers))
+            layers |= self._helpers(set(layers))
         return [self._group(layer, convs) for layer in layers.values()]
 
-    def _depthwise(self, fused: set[str]) -> dict[str, _Layer]:
-        """Depthwise convolutions behind a layer that is fused, by name of the output."""
+    def _helpers(self, fused: set[str]) -> dict[str, _Layer]:
+        """Depthwise convolutions and MaxPools behind a layer that is fused, by name of the output."""
         made = {name: node for node in self.nodes for name in node.output}
         found: dict[str, _Layer] = {}
         for node in self.nodes:
-            layer = self._depthwise_layer(node)
+            layer = self._pool(node) or self._depthwise(node)
             if layer is not None and self._is_behind(node, fused | set(found), made):
                 found[node.output[0]] = layer
         return found
 
-    def _depthwise_layer(self, node: NodeProto) -> _Layer | None:
+    def _pool(self, node: NodeProto) -> _Layer | None:
+        """A MaxPool that yields nothing but values, if it can be fused."""
+        if node.domain or node.op_type != "MaxPool" or len(node.output) != 1:
+            return None
+        given = attributes(node)
+        if any(attribute.ref_attr_name for attribute in node.attribute):
+            return None
+        handed_on = pool_attributes(given, lambda: self._shapes.get(node.input[0]))
+        if handed_on is None:
+            return None
+        return _Layer(None, node, {name: value for name, value in handed_on.items() if name not in given}, None, {})
+
+    def _depthwise(self, node: NodeProto) -> _Layer | None:
         """A depthwise convolution whose weight is stored as it is, if it can be fused."""
         if node.domain or node.op_type != "Conv" or len(node.input) < 2 or len(node.output) != 1:
             return None
@@ -226,15 +278,20 @@ class _Graph:
         return None if bias is None else _Layer(None, node, missing, *bias)
 
     def _is_behind(self, node: NodeProto, fused: set[str], made: dict[str, NodeProto]) -> bool:
-        """Whether a value that a fused layer makes reaches a node with no other layer in between."""
+        """Whether a value that a fused layer makes reaches a node with no other layer in between.
+
+        For a MaxPool, which has no weight that says so, there must be float32 all the way.
+        """
+        is_pool = node.op_type == "MaxPool"
         waiting, seen = [node.input[0]], set()
         while waiting:
             name = waiting.pop()
             if name in fused:
                 return True
             maker = made.get(name)
-            if maker is not None and name not in seen and maker.op_type not in HANDED_ON:
-                waiting.extend(maker.input)
+            if maker is not None and name not in seen:
+                passes = _keeps_type(maker, name) if is_pool else maker.op_type not in LAYERS
+                waiting.extend(maker.input if passes else [])
             seen.add(name)
         return False
 
@@ -258,7 +315,7 @@ class _Graph:
 
     def _layer(self, layer: NodeProto) -> _Layer | None:
         """The layer and its Decode, if they can be fused."""
-        if layer.domain or layer.op_type not in HANDED_ON or len(layer.input) < 2 or len(layer.output) != 1:
+        if layer.domain or layer.op_type not in LAYERS or len(layer.input) < 2 or len(layer.output) != 1:
             return None
         decode, shape = self._decodes.get(layer.input[1], (None, ()))
         if decode is None or self._only_reader(layer.input[1]) is not layer or layer.input[0] == layer.input[1]:
@@ -281,10 +338,9 @@ class _Graph:
 
     def _group(self, layer: _Layer, convs: set[str]) -> _Group:
         tail, further, more = self._tail(layer.node, convs)
-        kind = layer.node.op_type if layer.decode is not None else f"Depthwise{layer.node.op_type}"
-        op = FusedOp(kind, tuple(node.op_type for node in tail))
+        op = FusedOp(layer.kind, tuple(node.op_type for node in tail))
         if op.name not in FUSED:
-            op, tail, further, more = FusedOp(kind), (), (), {}
+            op, tail, further, more = FusedOp(layer.kind), (), (), {}
         return _Group(layer, tail, op, {**layer.origin, **more}, further)
 
     def _bias(self, layer: NodeProto, weight: tuple[int, ...]) -> tuple[str | None, dict[str, Any]] | None:

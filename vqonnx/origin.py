@@ -110,7 +110,8 @@ def restore(node: NodeProto, op: FusedOp, origin: Origin) -> list[NodeProto]:
     layer.ClearField("domain")
     del layer.input[:], layer.output[:], layer.attribute[:], layer.metadata_props[:]
     bias = origin.bias if origin.bias is not None else [given["B"]] if "B" in given else []
-    layer.input.extend([given["X"], origin.weight if op.coded else given["W"], *bias])
+    weight = [origin.weight] if op.coded else [given["W"]] if "W" in given else []
+    layer.input.extend([given["X"], *weight, *bias])
     layer.attribute.extend(a for a in node.attribute if a.name not in (*own, *origin.added))
     layer.metadata_props.extend(entry for entry in node.metadata_props if entry.key != KEY)
 
