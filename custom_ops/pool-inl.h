@@ -5,83 +5,138 @@
 namespace vqonnx {
 namespace {
 
-constexpr std::size_t kMostPool = 16;  // rows and columns of a window whose rows are taken once for all outputs
+constexpr std::size_t kPoolRoom = 4096;  // floats of rows that are taken at once
+constexpr std::size_t kPoolRow = 1024;   // of one of them
 constexpr float kLowest = -__builtin_huge_valf();
 
-// The largest values of one row of the image for kLanes windows, kStride columns apart; `ranges` are those of a tap's
-// vectors that exist, and where the stride is 2, of every other tap's.
+// The largest of `count` values that are `pitch` apart, for some columns. Writes up to a whole vector, of kLowest.
+void MaxOfRows(const float* from, std::size_t count, std::size_t pitch, std::size_t cols, float* out) {
+  constexpr std::size_t kVectors = 4;
+  std::size_t col = 0;
+  for (; col + kVectors * Wide::kLanes <= cols; col += kVectors * Wide::kLanes) {
+    decltype(Wide::Set(0.0F)) most[kVectors];
+    VQONNX_UNROLL
+    for (std::size_t v = 0; v < kVectors; ++v) most[v] = Wide::Load(from + col + v * Wide::kLanes);
+    for (std::size_t i = 1; i < count; ++i) {
+      VQONNX_UNROLL
+      for (std::size_t v = 0; v < kVectors; ++v) {
+        most[v] = Wide::Max(most[v], Wide::Load(from + i * pitch + col + v * Wide::kLanes));
+      }
+    }
+    VQONNX_UNROLL
+    for (std::size_t v = 0; v < kVectors; ++v) Wide::Store(out + col + v * Wide::kLanes, most[v]);
+  }
+  for (; col < cols; col += Wide::kLanes) {
+    const auto range = Wide::RangeOf(0, cols - col < Wide::kLanes ? cols - col : Wide::kLanes);
+    auto most = Wide::Set(kLowest);
+    for (std::size_t i = 0; i < count; ++i) {
+      most = Wide::Max(most, Wide::LoadRangeOr(from + i * pitch + col, range, Wide::Set(kLowest)));
+    }
+    Wide::Store(out + col, most);
+  }
+}
+
+// The largest of `count` neighbours, for kLanes windows that are kStride apart.
 template <std::size_t kStride>
-VQONNX_INLINE auto MaxOfRow(const float* from, const Wide::Range (&ranges)[kMostPool][kStride], std::size_t taps) {
-  const auto lowest = Wide::Set(kLowest);
-  auto most = lowest;
-  for (std::size_t j = 0; j < taps; j += kStride) {
-    auto value = Wide::LoadRangeOr(from + j, ranges[j][0], lowest), odd = lowest;
+VQONNX_INLINE auto MaxOfColumns(const float* from, std::size_t count) {
+  auto most = Wide::Set(kLowest);
+  for (std::size_t j = 0; j < count; j += kStride) {
+    auto value = Wide::Load(from + j);
     if constexpr (kStride == 2) {
-      Wide::SplitPairs(value, Wide::LoadRangeOr(from + j + Wide::kLanes, ranges[j][1], lowest), &value, &odd);
-      if (j + 1 < taps) most = Wide::Max(most, odd);
+      auto odd = value;
+      Wide::SplitPairs(value, Wide::Load(from + j + Wide::kLanes), &value, &odd);
+      if (j + 1 < count) most = Wide::Max(most, odd);
     }
     most = Wide::Max(most, value);
   }
   return most;
 }
 
-// One channel, strip by strip, the last one first. What a row of the image yields is kept for all outputs that take it.
+// A range of an axis that windows take: `count` places from `begin` on, the first of which has number `before` among
+// those that are counted with the pads.
+struct PoolRange {
+  std::size_t begin, count, before;
+  VQONNX_INLINE PoolRange(std::size_t first, std::size_t length, std::size_t pad, std::size_t size)
+      : before(first < pad ? pad - first : 0) {
+    begin = first + before - pad;
+    const std::size_t end = first + length < pad ? 0 : first + length - pad;
+    const std::size_t until = end < size ? end : size;
+    count = until > begin ? until - begin : 0;
+  }
+};
+
+// Outputs [x, x + count) of all rows: for some rows of the output at a time first the largest of each column, pads
+// included, then that of neighbouring columns. The second step comes so late that what it reads is in the cache.
 template <std::size_t kStride>
-void PoolStrips(const Windows& w, std::size_t channel) {
-  const float* image = w.x + channel * w.image_rows * w.image_cols;
+void PoolPart(const Windows& w, std::size_t x, std::size_t count) {
   const RowEnd end(w);
-  for (std::size_t x = (w.out_cols - 1) / Wide::kLanes * Wide::kLanes;; x -= Wide::kLanes) {
-    const std::ptrdiff_t first = static_cast<std::ptrdiff_t>(x * kStride) - static_cast<std::ptrdiff_t>(w.pad_cols);
-    Wide::Range ranges[kMostPool][kStride];
-    for (std::size_t j = 0; j < w.kernel_cols; j += kStride) {
-      for (std::size_t i = 0; i < kStride; ++i) {
-        ranges[j][i] = Existing(first + static_cast<std::ptrdiff_t>(j + i * Wide::kLanes), w.image_cols);
+  const std::size_t span = (count - 1) * kStride + w.kernel_cols;
+  const PoolRange cols(x * kStride, span, w.pad_cols, w.image_cols);
+  const std::size_t pitch = (span / Wide::kLanes + 3) * Wide::kLanes;
+  const std::size_t batch = kPoolRoom / pitch;
+  alignas(64) float room[kPoolRoom];
+  const auto clear = [](float* from, std::size_t size) {
+    for (std::size_t i = 0; i < size; i += Wide::kLanes) Wide::Store(from + i, Wide::Set(kLowest));
+  };
+  clear(room, kPoolRoom / Wide::kLanes * Wide::kLanes);
+  for (std::size_t channel = 0; channel < w.channels; ++channel) {
+    const float* image = w.x + channel * w.image_rows * w.image_cols + cols.begin;
+    for (std::size_t top = 0; top < w.out_rows; top += batch) {
+      const std::size_t rows = w.out_rows - top < batch ? w.out_rows - top : batch;
+      for (std::size_t i = 0; i < rows; ++i) {
+        const PoolRange range((top + i) * w.stride_rows, w.kernel_rows, w.pad_rows, w.image_rows);
+        if (range.count == 0) {
+          clear(room + i * pitch, pitch);
+        } else {
+          MaxOfRows(image + range.begin * w.image_cols, range.count, w.image_cols, cols.count,
+                    room + i * pitch + cols.before);
+        }
+      }
+      for (std::size_t i = 0; i < rows; ++i) {
+        float* out = w.out + (channel * w.out_rows + top + i) * w.out_cols + x;
+        for (std::size_t j = 0; j < count; j += Wide::kLanes) {
+          end.Store(MaxOfColumns<kStride>(room + i * pitch + j * kStride, w.kernel_cols), out + j, count - j);
+        }
       }
     }
-    alignas(64) float rows[kMostPool][Wide::kLanes];  // of row r in place r % kMostPool
-    std::size_t next = 0;                             // the first row that was not taken yet
-    for (std::size_t y = 0; y < w.out_rows; ++y) {
-      const std::size_t top = y * w.stride_rows, bottom = top + w.kernel_rows;  // counted with the pads
-      const std::size_t begin = top < w.pad_rows ? 0 : top - w.pad_rows;
-      const std::size_t beyond = bottom < w.pad_rows ? 0 : bottom - w.pad_rows;
-      const std::size_t until = beyond < w.image_rows ? beyond : w.image_rows;
-      for (next = next < begin ? begin : next; next < until; ++next) {
-        Wide::Store(rows[next % kMostPool],
-                    MaxOfRow<kStride>(image + next * w.image_cols + first, ranges, w.kernel_cols));
-      }
-      auto most = Wide::Set(kLowest);
-      for (std::size_t row = begin; row < until; ++row) most = Wide::Max(most, Wide::Load(rows[row % kMostPool]));
-      end.Store(most, w.out + (channel * w.out_rows + y) * w.out_cols + x, w.out_cols - x);
-    }
+  }
+}
+
+// Long rows are cut; their last part comes first, see RowEnd.
+template <std::size_t kStride>
+void PoolRows(const Windows& w) {
+  const std::size_t most = (kPoolRow - w.kernel_cols) / kStride / Wide::kLanes * Wide::kLanes;
+  for (std::size_t x = (w.out_cols - 1) / most * most;; x -= most) {
+    PoolPart<kStride>(w, x, w.out_cols - x < most ? w.out_cols - x : most);
     if (x == 0) break;
   }
 }
 
 // Any window.
-void PoolWindows(const Windows& w, std::size_t channel) {
-  const float* image = w.x + channel * w.image_rows * w.image_cols;
+void PoolWindows(const Windows& w) {
   const RowEnd end(w);
-  for (std::size_t y = 0; y < w.out_rows; ++y) {
+  for (std::size_t i = 0; i < w.channels * w.out_rows; ++i) {
+    const std::size_t channel = i / w.out_rows, y = i % w.out_rows;
+    const float* image = w.x + channel * w.image_rows * w.image_cols;
     for (std::size_t x = 0; x < w.out_cols; x += Wide::kLanes) {
       auto most = Wide::Set(kLowest);
-      for (std::size_t i = 0; i < w.kernel_rows; ++i) {
-        const std::size_t row = y * w.stride_rows + i * w.dilation_rows - w.pad_rows;
+      for (std::size_t k = 0; k < w.kernel_rows; ++k) {
+        const std::size_t row = y * w.stride_rows + k * w.dilation_rows - w.pad_rows;
         if (row >= w.image_rows) continue;  // it wraps around before the image
         for (std::size_t j = 0; j < w.kernel_cols; ++j) {
           const std::size_t first = x * w.stride_cols + j * w.dilation_cols;
           most = Wide::Max(most, LoadTap(w, image + row * w.image_cols, first, kLowest));
         }
       }
-      end.Store(most, w.out + (channel * w.out_rows + y) * w.out_cols + x, w.out_cols - x);
+      end.Store(most, w.out + i * w.out_cols + x, w.out_cols - x);
     }
   }
 }
 
 void MaxPools(const Windows& w) {
-  const bool small = w.kernel_rows <= kMostPool && w.kernel_cols <= kMostPool;
-  const std::size_t stride = small && w.dilation_rows == 1 && w.dilation_cols == 1 ? w.stride_cols : 0;
-  const auto pool = stride == 1 ? PoolStrips<1> : stride == 2 ? PoolStrips<2> : PoolWindows;
-  for (std::size_t channel = 0; channel < w.channels; ++channel) pool(w, channel);
+  const bool dense = w.dilation_rows == 1 && w.dilation_cols == 1 && w.kernel_cols <= kPoolRow / 2;
+  const std::size_t stride = dense ? w.stride_cols : 0;
+  stride == 1 ? PoolRows<1>(w) : stride == 2 ? PoolRows<2>(w) : PoolWindows(w);
 }
 
 }  // namespace
