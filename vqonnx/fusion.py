@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from onnx import AttributeProto, ModelProto, NodeProto, helper
 
