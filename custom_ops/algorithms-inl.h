@@ -1,7 +1,10 @@
 // All algorithms over the vocabulary of kernels-inl.h. In this order: each uses those before it.
 // clang-format off
 #include "kernels-inl.h"
+#include "activation-inl.h"
 #include "tile-inl.h"
 #include "dot-inl.h"
+#include "windows-inl.h"
 #include "depthwise-inl.h"
+#include "pool-inl.h"
 // clang-format on

@@ -26,6 +26,8 @@ struct Wide {
   static __m256 MulAdd(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
   static __m256 Max(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
   static __m256 Min(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+  static __m256 Div(__m256 a, __m256 b) { return _mm256_div_ps(a, b); }
+  static __m256 ToExponent(__m256 a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23)); }
   static __m256i First(std::size_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
@@ -38,6 +40,9 @@ struct Wide {
   using Range = __m256i;
   static Range RangeOf(std::size_t begin, std::size_t end) { return _mm256_andnot_si256(First(begin), First(end)); }
   static __m256 LoadRange(const float* p, Range range) { return _mm256_maskload_ps(p, range); }
+  static __m256 LoadRangeOr(const float* p, Range range, __m256 other) {
+    return _mm256_blendv_ps(other, LoadRange(p, range), _mm256_castsi256_ps(range));
+  }
   static void SplitPairs(__m256 a, __m256 b, __m256* even, __m256* odd) {
     const __m256d evens = _mm256_castps_pd(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(2, 0, 2, 0)));  // a b | a b
     const __m256d odds = _mm256_castps_pd(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 3, 1)));
@@ -122,6 +127,7 @@ const Kernels kAvx2 = {.name = "avx2",
                        .tile_windows = TileWindows,
                        .tile_positions = TilePositions,
                        .depthwise = SumDepthwise,
+                       .max_pool = MaxPools,
                        .finish_rows = FinishRows,
                        .finish_columns = FinishColumns,
                        .finish_across = FinishAcross,

@@ -37,12 +37,17 @@ struct Wide {
   static __m512 MulAdd(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
   static __m512 Max(__m512 a, __m512 b) { return _mm512_maskz_max_ps(0xFFFF, a, b); }
   static __m512 Min(__m512 a, __m512 b) { return _mm512_maskz_min_ps(0xFFFF, a, b); }
+  static __m512 Div(__m512 a, __m512 b) { return _mm512_div_ps(a, b); }
+  static __m512 ToExponent(__m512 a) {
+    return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xFFFF, _mm512_castps_si512(a), 23));
+  }
   static __mmask16 First(std::size_t n) { return static_cast<__mmask16>((1U << n) - 1); }
   static __m512 LoadPart(const float* p, std::size_t n) { return _mm512_maskz_loadu_ps(First(n), p); }
   static void StorePart(float* p, std::size_t n, __m512 a) { _mm512_mask_storeu_ps(p, First(n), a); }
   using Range = __mmask16;
   static Range RangeOf(std::size_t begin, std::size_t end) { return static_cast<Range>((1U << end) - (1U << begin)); }
   static __m512 LoadRange(const float* p, Range range) { return _mm512_maskz_loadu_ps(range, p); }
+  static __m512 LoadRangeOr(const float* p, Range range, __m512 other) { return _mm512_mask_loadu_ps(other, range, p); }
   static void SplitPairs(__m512 a, __m512 b, __m512* even, __m512* odd) {
     const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     *even = _mm512_permutex2var_ps(a, evens, b);

@@ -2,6 +2,7 @@
 #ifndef VQONNX_CHECK_H_
 #define VQONNX_CHECK_H_
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -139,6 +140,13 @@ inline Sample RandomSample(unsigned seed) {
 inline bool Same(float a, float b) {
   if (std::isnan(a) || std::isnan(b)) return std::isnan(a) && std::isnan(b);
   return std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b);
+}
+
+// In double precision. Errors of `value` grow by less than kSiluRise.
+constexpr double kSiluRise = 1.1;
+inline double Activated(double value, const Activation& activation) {
+  if (activation.silu) return value / (1.0 + std::exp(-value));
+  return std::min(std::max(value, double{activation.low}), double{activation.high});
 }
 
 // A buffer of floats that notices when something else than its middle is written.

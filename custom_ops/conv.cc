@@ -200,8 +200,7 @@ void Conv::RunWindows(const Call& call, const Image& image, const Tasks& tasks) 
                                  .stride = out_plane,
                                  .scales = nullptr,
                                  .bias = bias,
-                                 .low = call.low,
-                                 .high = call.high});
+                                 .activation = call.activation});
       }
     }
   });
@@ -260,9 +259,9 @@ void Conv::RunPositions(const Call& call, const Image& image, const Tasks& tasks
                          .stride = out_plane,
                          .scales = nullptr,
                          .bias = bias,
-                         .low = call.low,
-                         .high = call.high};
-        const bool is_last = col + cols == depth, at_end = is_last && whole && skip == 0;
+                         .activation = call.activation};
+        const bool is_last = col + cols == depth;
+        const bool at_end = is_last && whole && skip == 0 && !call.activation.silu;
         kernels_->tile_positions({.vectors = planes + position,
                                   .scalars = scalars,
                                   .at = image.at + col,

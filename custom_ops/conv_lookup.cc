@@ -216,8 +216,7 @@ bool Conv::RunLookup(const Call& call, std::span<const std::int64_t> shape, cons
                                .stride = grid.out_rows * grid.out_cols,
                                .scales = lookup.scales(),
                                .bias = call.bias,
-                               .low = call.low,
-                               .high = call.high});
+                               .activation = call.activation});
     };
     const auto meet = [&](size_t upper) {  // with the band before or after this one
       const size_t begin = bands.OutBegin(upper + 1), end = bands.OutEnd(upper), floats = (end - begin) * row_floats;

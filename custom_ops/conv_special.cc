@@ -40,8 +40,7 @@ void Conv::RunOnePosition(const Call& call, size_t images, const Tasks& tasks) c
                               .stride = outputs,
                               .scales = weight_.scales().data() + first,
                               .bias = call.bias + first,
-                              .low = call.low,
-                              .high = call.high});
+                              .activation = call.activation});
   });
 }
 

@@ -1,62 +1,27 @@
-// Depthwise convolutions, channel by channel, over the vocabulary of kernels-inl.h and tile-inl.h and, from `Wide`:
-//
-//   Range, RangeOf(begin, end)      lanes begin to end - 1 (begin 0 or more, end at most kLanes)
-//   LoadRange(p, range)             these lanes, and zeros in the others
-//   SplitPairs(a, b, &even, &odd)   the values of a and then b at even places, and those at odd ones
-//
-// The image is read where it is: a vector of outputs of one row takes for each tap a vector of the image, without the
-// lanes that lie outside of it. Nothing is read or laid out twice, and no pad exists in memory.
+// Depthwise convolutions, channel by channel, over the vocabulary of windows-inl.h.
 //
 // No include guard and no standard library on purpose: see docs/kernels.md.
 
 namespace vqonnx {
 namespace {
 
-// Of kLanes neighbouring values, the first of which is number `first` of `count`, those that exist.
-VQONNX_INLINE Wide::Range Existing(std::ptrdiff_t first, std::size_t count) {
-  const auto lanes = static_cast<std::ptrdiff_t>(Wide::kLanes), all = static_cast<std::ptrdiff_t>(count);
-  const std::ptrdiff_t begin = first >= 0 ? 0 : -first < lanes ? -first : lanes;
-  const std::ptrdiff_t end = all - first >= lanes ? lanes : all - first > begin ? all - first : begin;
-  return Wide::RangeOf(static_cast<std::size_t>(begin), static_cast<std::size_t>(end));
-}
-
-// What a tap takes for kLanes outputs, from a column on that is counted with the pads.
-inline decltype(Wide::Set(0.0F)) LoadTap(const Depthwise& d, const float* row, std::size_t column) {
-  if (d.stride_cols == 1) {
-    const auto first = static_cast<std::ptrdiff_t>(column - d.pad_cols);
-    return Wide::LoadRange(row + first, Existing(first, d.image_cols));
-  }
-  float values[Wide::kLanes];
-  for (std::size_t i = 0; i < Wide::kLanes; ++i) {
-    const std::size_t place = column + i * d.stride_cols - d.pad_cols;  // wraps around before the image
-    values[i] = place < d.image_cols ? row[place] : 0.0F;
-  }
-  return Wide::Load(values);
-}
-
 // What follows the sums of some outputs of a row, of which there are `left`.
+template <bool kSilu>
 struct DepthwiseEnd {
-  decltype(Wide::Set(0.0F)) low, high;
-  const float* last;  // where all lanes can still be written: those beyond the row are written again later
+  Activate<kSilu> activate;
+  RowEnd row_end;
   std::ptrdiff_t addend;
   bool adds;
   VQONNX_INLINE explicit DepthwiseEnd(const Depthwise& d)
-      : low(Wide::Set(d.low)),
-        high(Wide::Set(d.high)),
-        last(d.out + static_cast<std::ptrdiff_t>(d.channels * d.out_rows * d.out_cols) -
-             static_cast<std::ptrdiff_t>(Wide::kLanes)),
-        addend(d.addend == nullptr ? 0 : d.addend - d.out),
+      : activate(d.activation),
+        row_end(d.windows),
+        addend(d.addend == nullptr ? 0 : d.addend - d.windows.out),
         adds(d.addend != nullptr) {}
   VQONNX_INLINE void Store(decltype(Wide::Set(0.0F)) sum, float* out, std::size_t left) const {
     if (adds) {
       sum = Wide::Add(sum, left >= Wide::kLanes ? Wide::Load(out + addend) : Wide::LoadPart(out + addend, left));
     }
-    sum = Wide::Min(high, Wide::Max(low, sum));
-    if (out <= last) {
-      Wide::Store(out, sum);
-    } else {
-      Wide::StorePart(out, left < Wide::kLanes ? left : Wide::kLanes, sum);
-    }
+    row_end.Store(activate(sum), out, left);
   }
 };
 
@@ -65,13 +30,13 @@ template <std::size_t kSize, std::size_t kStride>
 struct TapRow {
   std::ptrdiff_t first;
   Wide::Range ranges[kSize][kStride];  // where the stride is 2, of every other tap
-  VQONNX_INLINE TapRow(const Depthwise& d, std::size_t x)
-      : first(static_cast<std::ptrdiff_t>(x * kStride) - static_cast<std::ptrdiff_t>(d.pad_cols)) {
+  VQONNX_INLINE TapRow(const Windows& w, std::size_t x)
+      : first(static_cast<std::ptrdiff_t>(x * kStride) - static_cast<std::ptrdiff_t>(w.pad_cols)) {
     VQONNX_UNROLL
     for (std::size_t j = 0; j < kSize; j += kStride) {
       VQONNX_UNROLL
       for (std::size_t i = 0; i < kStride; ++i) {
-        ranges[j][i] = Existing(first + static_cast<std::ptrdiff_t>(j + i * Wide::kLanes), d.image_cols);
+        ranges[j][i] = Existing(first + static_cast<std::ptrdiff_t>(j + i * Wide::kLanes), w.image_cols);
       }
     }
   }
@@ -91,23 +56,24 @@ struct TapRow {
 
 // One channel, strip by strip, the last one first: kSize by kSize taps without gaps. Each row of the image is loaded
 // once, for all outputs that take it.
-template <std::size_t kSize, std::size_t kStride>
+template <std::size_t kSize, std::size_t kStride, bool kSilu>
 void SumDense(const Depthwise& d, std::size_t channel) {
   using V = decltype(Wide::Set(0.0F));
   constexpr std::size_t kSums = (kSize - 1) / kStride + 1;  // outputs that a row may be part of
   constexpr std::size_t kAhead = 8;                         // rows of the image that are fetched early
-  const std::size_t image_rows = d.image_rows, image_cols = d.image_cols, pad_rows = d.pad_rows;
-  const std::size_t out_rows = d.out_rows, out_cols = d.out_cols;
-  const float* image = d.x + channel * image_rows * image_cols;
-  const DepthwiseEnd end(d);
+  const Windows& w = d.windows;
+  const std::size_t image_rows = w.image_rows, image_cols = w.image_cols, pad_rows = w.pad_rows;
+  const std::size_t out_rows = w.out_rows, out_cols = w.out_cols;
+  const float* image = w.x + channel * image_rows * image_cols;
+  const DepthwiseEnd<kSilu> end(d);
   const V bias = Wide::Set(d.bias[channel]);
   V taps[kSize * kSize];
   VQONNX_UNROLL
   for (std::size_t i = 0; i < kSize * kSize; ++i) taps[i] = Wide::Set(d.taps[channel * kSize * kSize + i]);
   for (std::size_t x = (out_cols - 1) / Wide::kLanes * Wide::kLanes;; x -= Wide::kLanes) {
-    const TapRow<kSize, kStride> tap_row(d, x);
+    const TapRow<kSize, kStride> tap_row(w, x);
     const float* from = image;  // the next row
-    float* out = d.out + channel * out_rows * out_cols + x;
+    float* out = w.out + channel * out_rows * out_cols + x;
     V sums[kSums];  // sums[i] takes the next row as its row i * kStride
     VQONNX_UNROLL
     for (std::size_t i = 0; i < kSums; ++i) sums[i] = bias;
@@ -142,39 +108,45 @@ void SumDense(const Depthwise& d, std::size_t channel) {
 }
 
 // Any window.
+template <bool kSilu>
 void SumWindows(const Depthwise& d, std::size_t channel) {
-  const std::size_t out_plane = d.out_rows * d.out_cols;
-  const float* image = d.x + channel * d.image_rows * d.image_cols;
-  const float* taps = d.taps + channel * d.kernel_rows * d.kernel_cols;
-  const DepthwiseEnd end(d);
-  for (std::size_t y = 0; y < d.out_rows; ++y) {
-    for (std::size_t x = 0; x < d.out_cols; x += Wide::kLanes) {
+  const Windows& w = d.windows;
+  const std::size_t out_plane = w.out_rows * w.out_cols;
+  const float* image = w.x + channel * w.image_rows * w.image_cols;
+  const float* taps = d.taps + channel * w.kernel_rows * w.kernel_cols;
+  const DepthwiseEnd<kSilu> end(d);
+  for (std::size_t y = 0; y < w.out_rows; ++y) {
+    for (std::size_t x = 0; x < w.out_cols; x += Wide::kLanes) {
       auto sum = Wide::Set(d.bias[channel]);
-      for (std::size_t i = 0; i < d.kernel_rows; ++i) {
-        const std::size_t row = y * d.stride_rows + i * d.dilation_rows - d.pad_rows;
-        if (row >= d.image_rows) continue;  // it wraps around before the image
-        for (std::size_t j = 0; j < d.kernel_cols; ++j) {
-          const std::size_t first = x * d.stride_cols + j * d.dilation_cols;
-          sum =
-              Wide::MulAdd(LoadTap(d, image + row * d.image_cols, first), Wide::Set(taps[i * d.kernel_cols + j]), sum);
+      for (std::size_t i = 0; i < w.kernel_rows; ++i) {
+        const std::size_t row = y * w.stride_rows + i * w.dilation_rows - w.pad_rows;
+        if (row >= w.image_rows) continue;  // it wraps around before the image
+        for (std::size_t j = 0; j < w.kernel_cols; ++j) {
+          const std::size_t first = x * w.stride_cols + j * w.dilation_cols;
+          sum = Wide::MulAdd(LoadTap(w, image + row * w.image_cols, first, 0.0F),
+                             Wide::Set(taps[i * w.kernel_cols + j]), sum);
         }
       }
-      end.Store(sum, d.out + channel * out_plane + y * d.out_cols + x, d.out_cols - x);
+      end.Store(sum, w.out + channel * out_plane + y * w.out_cols + x, w.out_cols - x);
     }
   }
 }
 
-void SumDepthwise(const Depthwise& d) {
-  const bool dense = d.kernel_rows == d.kernel_cols && d.dilation_rows == 1 && d.dilation_cols == 1;
-  const std::size_t size = dense ? d.kernel_rows : 0;
-  const std::size_t stride = d.stride_rows == d.stride_cols ? d.stride_rows : 0;
-  const auto sum = size == 3 && stride == 1   ? SumDense<3, 1>
-                   : size == 5 && stride == 1 ? SumDense<5, 1>
-                   : size == 3 && stride == 2 ? SumDense<3, 2>
-                   : size == 5 && stride == 2 ? SumDense<5, 2>
-                                              : SumWindows;
-  for (std::size_t channel = 0; channel < d.channels; ++channel) sum(d, channel);
+template <bool kSilu>
+void SumChannels(const Depthwise& d) {
+  const Windows& w = d.windows;
+  const bool dense = w.kernel_rows == w.kernel_cols && w.dilation_rows == 1 && w.dilation_cols == 1;
+  const std::size_t size = dense ? w.kernel_rows : 0;
+  const std::size_t stride = w.stride_rows == w.stride_cols ? w.stride_rows : 0;
+  const auto sum = size == 3 && stride == 1   ? SumDense<3, 1, kSilu>
+                   : size == 5 && stride == 1 ? SumDense<5, 1, kSilu>
+                   : size == 3 && stride == 2 ? SumDense<3, 2, kSilu>
+                   : size == 5 && stride == 2 ? SumDense<5, 2, kSilu>
+                                              : SumWindows<kSilu>;
+  for (std::size_t channel = 0; channel < w.channels; ++channel) sum(d, channel);
 }
+
+void SumDepthwise(const Depthwise& d) { d.activation.silu ? SumChannels<true>(d) : SumChannels<false>(d); }
 
 }  // namespace
 }  // namespace vqonnx

@@ -1,53 +1,22 @@
 #include "depthwise.h"
 
-#include <algorithm>
-
-#include "split.h"
+#include "channels.h"
 
 namespace vqonnx {
-namespace {
 
 using std::size_t;
 
-constexpr size_t kTaskFloats = 32768, kLeastFloats = 8192;  // of the output: enough for a task to be worth it
-
-}  // namespace
-
-void RunDepthwise(const Kernels& kernels, const Window& w, const Grid& grid, const float* taps, const Call& call,
+void RunDepthwise(const Kernels& kernels, const Window& window, const Grid& grid, const float* taps, const Call& call,
                   std::span<const std::int64_t> image, const Tasks& tasks) {
-  const size_t image_rows = image.size() == 4 ? static_cast<size_t>(image[2]) : 1;
-  const size_t image_cols = static_cast<size_t>(image.back());
-  const size_t outputs = static_cast<size_t>(image[1]), channels = static_cast<size_t>(image[0]) * outputs;
-  const size_t image_plane = image_rows * image_cols, out_plane = grid.out_rows * grid.out_cols;
-  const size_t kernel = w.kernel[0] * w.kernel[1];
-  const size_t parts = std::min(channels, PartsOf(channels * (out_plane + 64), kTaskFloats, kLeastFloats, 1));
-  tasks.Each(parts, [&](size_t index) {
-    const Part part = PartOf(channels, parts, index);
-    for (size_t first = part.begin; first < part.begin + part.size;) {
-      const size_t output = first % outputs;  // up to the end of its image
-      const size_t count = std::min(part.begin + part.size - first, outputs - output);
-      kernels.depthwise({.x = call.x + first * image_plane,
-                         .channels = count,
-                         .image_rows = image_rows,
-                         .image_cols = image_cols,
-                         .taps = taps + output * kernel,
-                         .kernel_rows = w.kernel[0],
-                         .kernel_cols = w.kernel[1],
-                         .stride_rows = w.stride[0],
-                         .stride_cols = w.stride[1],
-                         .dilation_rows = w.dilation[0],
-                         .dilation_cols = w.dilation[1],
-                         .pad_rows = w.begin[0],
-                         .pad_cols = w.begin[1],
-                         .bias = call.bias + output,
-                         .addend = call.addend == nullptr ? nullptr : call.addend + first * out_plane,
-                         .low = call.low,
-                         .high = call.high,
-                         .out = call.out + first * out_plane,
-                         .out_rows = grid.out_rows,
-                         .out_cols = grid.out_cols});
-      first += count;
-    }
+  const Channels channels = {call.x, image, call.out, grid.out_rows, grid.out_cols};
+  const size_t kernel = window.kernel[0] * window.kernel[1];
+  channels.Each(window, tasks, [&](const Windows& windows, size_t first) {
+    const size_t output = first % channels.each();
+    kernels.depthwise({.windows = windows,
+                       .taps = taps + output * kernel,
+                       .bias = call.bias + output,
+                       .addend = call.addend == nullptr ? nullptr : call.addend + first * channels.out_plane(),
+                       .activation = call.activation});
   });
 }
 

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -11,12 +10,13 @@
 #include "depthwise.h"
 #include "linear.h"
 #include "ort_node.h"
+#include "pool.h"
 
 namespace vqonnx {
 namespace {
 
-enum class Layer { kConv, kDepthwise, kGemm, kMatMul };
-enum class After { kNothing, kRelu, kClip, kAdd, kAddRelu };
+enum class Layer { kConv, kDepthwise, kGemm, kMatMul, kMaxPool };
+enum class After { kNothing, kRelu, kClip, kAdd, kAddRelu, kSilu };
 
 struct Kind {
   const char* name;
@@ -24,10 +24,11 @@ struct Kind {
   After after;
 
   bool adds() const { return after == After::kAdd || after == After::kAddRelu; }
-  bool coded() const { return layer != Layer::kDepthwise; }
+  bool coded() const { return layer != Layer::kDepthwise && layer != Layer::kMaxPool; }
+  bool has_bias() const { return layer != Layer::kMatMul && layer != Layer::kMaxPool; }
   static constexpr std::size_t kX = 0, kWeight = 1, kCodes = 1, kCodebooks = 2, kScales = 3, kLayout = 4;
-  std::size_t bias() const { return coded() ? kLayout + 1 : kWeight + 1; }
-  std::size_t next() const { return bias() + (layer == Layer::kMatMul ? 0 : 1); }
+  std::size_t bias() const { return coded() ? kLayout + 1 : layer == Layer::kDepthwise ? kWeight + 1 : kX + 1; }
+  std::size_t next() const { return bias() + (has_bias() ? 1 : 0); }
   std::size_t inputs() const { return next() + (after == After::kClip ? 2 : 0) + (adds() ? 1 : 0); }
 };
 
@@ -36,12 +37,15 @@ constexpr Kind kKinds[] = {{"Conv", Layer::kConv, After::kNothing},
                            {"ConvClip", Layer::kConv, After::kClip},
                            {"ConvAdd", Layer::kConv, After::kAdd},
                            {"ConvAddRelu", Layer::kConv, After::kAddRelu},
+                           {"ConvSilu", Layer::kConv, After::kSilu},
                            {"DepthwiseConv", Layer::kDepthwise, After::kNothing},
                            {"DepthwiseConvRelu", Layer::kDepthwise, After::kRelu},
                            {"DepthwiseConvClip", Layer::kDepthwise, After::kClip},
+                           {"DepthwiseConvSilu", Layer::kDepthwise, After::kSilu},
                            {"Gemm", Layer::kGemm, After::kNothing},
                            {"GemmRelu", Layer::kGemm, After::kRelu},
-                           {"MatMul", Layer::kMatMul, After::kNothing}};
+                           {"MatMul", Layer::kMatMul, After::kNothing},
+                           {"MaxPool", Layer::kMaxPool, After::kNothing}};
 
 void CheckFloat32(const char* name, const Tensor& tensor) {
   if (tensor.type != Type::kFloat32) throw Invalid(std::string(name) + " is " + Text(tensor.type) + ", not float32");
@@ -79,6 +83,10 @@ class FusedKernel {
       if (!values) throw Invalid(std::string("the attribute ") + name + " is missing, or is no list of integers");
       return *values;
     };
+    if (kind.layer == Layer::kMaxPool) {
+      layer_.emplace<MaxPool>(ints("kernel_shape"), ints("strides"), ints("pads"), kernels);
+      return;
+    }
     if (kind.layer == Layer::kDepthwise) {
       const Tensor weight = Constant(info, Kind::kWeight, "W");
       CheckFloat32("W", weight);
@@ -88,30 +96,35 @@ class FusedKernel {
       MakeCoded(info, kernels, ints);
     }
     outputs_ = std::visit([](const auto& layer) { return Outputs(layer); }, layer_);
-    if (kind.layer != Layer::kMatMul) {
+    if (kind.has_bias()) {
       if (const std::optional<Tensor> bias = ConstantInput(api, info, kind.bias())) CheckBias(*bias);
     }
     if (kind.layer == Layer::kMatMul) no_bias_.assign(outputs_, 0.0F);
-    if (kind.after == After::kRelu || kind.after == After::kAddRelu) low_ = 0.0F;
+    if (kind.after == After::kRelu || kind.after == After::kAddRelu) activation_.low = 0.0F;
     if (kind.after == After::kClip) {
-      low_ = Bound(info, kind.next(), "min");
-      high_ = Bound(info, kind.next() + 1, "max");
+      activation_.low = Bound(info, kind.next(), "min");
+      activation_.high = Bound(info, kind.next() + 1, "max");
     }
+    activation_.silu = kind.after == After::kSilu;
   }
 
   OrtStatus* Compute(OrtKernelContext* context) const {
     return Guard(api_, who_, [&] {
       const Tensor x = InputView(api_, context, Kind::kX);
       CheckFloat32("X", x);
+      const NodeTasks tasks(api_, context);
+      if (const MaxPool* pool = std::get_if<MaxPool>(&layer_)) {
+        float* out = Output(api_, context, pool->OutputShape(x.dims));
+        return pool->Run(static_cast<const float*>(x.data), out, x.dims, tasks);
+      }
       Call call = {.x = static_cast<const float*>(x.data),
                    .codes = nullptr,
                    .bias = no_bias_.data(),
                    .addend = nullptr,
-                   .low = low_,
-                   .high = high_,
+                   .activation = activation_,
                    .out = nullptr};
       Tensor bias;
-      if (kind_.layer != Layer::kMatMul) {
+      if (kind_.has_bias()) {
         bias = InputView(api_, context, kind_.bias());
         CheckBias(bias);
         call.bias = static_cast<const float*>(bias.data);
@@ -124,7 +137,6 @@ class FusedKernel {
         call.addend = static_cast<const float*>(addend.data);
       }
       call.out = Output(api_, context, shape);
-      const NodeTasks tasks(api_, context);
       const void* weight = InputData(api_, context, Kind::kWeight);
       if (kind_.coded()) call.codes = static_cast<const std::uint8_t*>(weight);
       if (const DepthwiseConv* depthwise = std::get_if<DepthwiseConv>(&layer_)) {
@@ -158,6 +170,7 @@ class FusedKernel {
   }
 
   static std::size_t Outputs(const std::monostate&) { return 0; }
+  static std::size_t Outputs(const MaxPool&) { return 0; }
   static std::size_t Outputs(const Conv& layer) { return layer.outputs(); }
   static std::size_t Outputs(const DepthwiseConv& layer) { return layer.outputs(); }
   static std::size_t Outputs(const Matrix& layer) { return layer.outputs(); }
@@ -207,10 +220,10 @@ class FusedKernel {
   const OrtApi* api_;
   std::string who_;
   const Kind& kind_;
-  std::variant<std::monostate, Conv, DepthwiseConv, Matrix> layer_;
+  std::variant<std::monostate, Conv, DepthwiseConv, Matrix, MaxPool> layer_;
   std::size_t outputs_ = 0;
   std::vector<float> no_bias_;  // for an operator that has none
-  float low_ = -std::numeric_limits<float>::infinity(), high_ = std::numeric_limits<float>::infinity();
+  Activation activation_ = kNoActivation;
 };
 
 struct FusedOp : OrtCustomOp {

@@ -3,6 +3,7 @@
 
 #include "check_node.h"
 #include "depthwise.h"
+#include "pool.h"
 
 namespace vqonnx::check {
 
@@ -83,6 +84,7 @@ void FuzzLayers(const Kernels& kernels, unsigned seeds) {
     const Precision precision = seed % 2 ? Precision::kTables : Precision::kExact;
     try {
       Call call = {.x = nullptr, .codes = code_bytes.data(), .bias = nullptr, .addend = nullptr};
+      call.activation.silu = seed % 3 == 0;
       if (is_conv) {
         const Conv conv(inputs, node.perm, node.strides, node.dilations, node.pads, node.group, precision, kernels);
         const Dims out_shape = conv.OutputShape(shape);
@@ -105,6 +107,15 @@ void FuzzLayers(const Kernels& kernels, unsigned seeds) {
         call.bias = bias.data();
         call.out = y.data();
         conv.Run(call, taps.data(), image, Shuffled(seed));
+      } else if (Pick(random, 0, 1) != 0) {
+        const Dims kernel(shape.end() - std::min<std::ptrdiff_t>(2, std::ssize(shape)), shape.end());
+        const MaxPool pool(kernel, node.strides, node.pads, kernels);
+        const Dims image = {2, Pick(random, 0, 3) ? 5 : any(), Pick(random, 0, 3) ? 9 : any(), 11};
+        const size_t in = bytes(image, 4), out = bytes(pool.OutputShape(image), 4);
+        if (in == 0 || out == 0) continue;
+        const std::vector<float> x(in / 4, 1.0F);
+        std::vector<float> y(out / 4);
+        pool.Run(x.data(), y.data(), image, Shuffled(seed));
       } else {
         const Matrix matrix(inputs, node.perm, Pick(random, 0, 1) != 0, precision, kernels);
         if (matrix.inputs() > 1 << 18 || matrix.outputs() > 1 << 18) continue;

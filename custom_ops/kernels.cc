@@ -1,6 +1,7 @@
 // The portable kernels, which are the specification of the fast ones, and the choice between tables.
 #include "kernels.h"
 
+#include <bit>
 #include <cassert>
 #include <cstdio>
 #include <cstring>
@@ -27,11 +28,14 @@ struct Scalar {
   static float MulAdd(float a, float b, float c) { return a * b + c; }
   static float Max(float a, float b) { return a > b ? a : b; }
   static float Min(float a, float b) { return a < b ? a : b; }
+  static float Div(float a, float b) { return a / b; }
+  static float ToExponent(float a) { return std::bit_cast<float>(std::bit_cast<std::uint32_t>(a) << 23); }
   static float LoadPart(const float* p, std::size_t) { return *p; }
   static void StorePart(float* p, std::size_t, float a) { *p = a; }
   using Range = bool;
   static Range RangeOf(std::size_t begin, std::size_t end) { return begin < end; }
   static float LoadRange(const float* p, Range range) { return range ? *p : 0.0F; }
+  static float LoadRangeOr(const float* p, Range range, float other) { return range ? *p : other; }
   static void SplitPairs(float a, float b, float* even, float* odd) { *even = a, *odd = b; }
 };
 using Narrow = Scalar;
@@ -167,6 +171,7 @@ const Kernels kPortable = {.name = "portable",
                            .tile_windows = TileWindows,
                            .tile_positions = TilePositions,
                            .depthwise = SumDepthwise,
+                           .max_pool = MaxPools,
                            .finish_rows = FinishRows,
                            .finish_columns = FinishColumns,
                            .finish_across = FinishAcross,

@@ -39,7 +39,14 @@ struct Coded {
   std::size_t books, words, width;
 };
 
-// What follows a product: + bias, + addend, then not below `low` and not above `high` (a NaN stays one).
+// What becomes of a value at last: not below `low` and not above `high`; or, with `silu`, value * sigmoid(value), and
+// these two are ignored. A NaN stays one.
+struct Activation {
+  float low, high;
+  bool silu;
+};
+
+// What follows a product: + bias, + addend, then the activation.
 struct Finish {
   const float* sums;  // [count] rows, `pitch` apart
   std::size_t pitch;
@@ -50,7 +57,7 @@ struct Finish {
   std::size_t stride;
   const float* scales;  // one for each i, or for each j; or null
   const float* bias;    // the same
-  float low, high;
+  Activation activation;
 };
 
 // Part of a product of matrices: `count` times `Kernels::tile_lanes` sums over `depth` columns.
@@ -62,8 +69,8 @@ struct Tile {
   std::size_t count;  // 1 to Kernels::tile_count
   float* sums;        // [count][tile_lanes]
   bool add;           // to what `sums` holds
-  // What follows the product; null: nothing, sums[i] are the sums. Only for tile_positions, without scales, and with
-  // at most tile_lanes lanes: then `sums` is not written, and finish->sums not read.
+  // What follows the product; null: nothing, sums[i] are the sums. Only for tile_positions, without scales and silu,
+  // and with at most tile_lanes lanes: then `sums` is not written, and finish->sums not read.
   const Finish* finish = nullptr;
 };
 
@@ -71,19 +78,25 @@ struct Tile {
 constexpr std::size_t kTileDepth = 512;
 constexpr std::size_t kTilePitch = kTileDepth + 16;
 
-// Some channels of a depthwise convolution of one image: channel c of `out` is
-//   min(high, max(low, bias[c] + taps of channel c times channel c of x, + addend))
-// Windows reach `pad_rows` before the image, and rows and columns outside of it are zeros.
-struct Depthwise {
+// Some channels of one image, and what is made of each of them, window by window. Windows reach `pad_rows` and
+// `pad_cols` before the image.
+struct Windows {
   const float* x;  // [channels][image_rows][image_cols]
   std::size_t channels, image_rows, image_cols;
-  const float* taps;  // [channels][kernel_rows][kernel_cols]
   std::size_t kernel_rows, kernel_cols, stride_rows, stride_cols, dilation_rows, dilation_cols, pad_rows, pad_cols;
-  const float* bias;    // [channels]
-  const float* addend;  // like `out`, or null
-  float low, high;
   float* out;  // [channels][out_rows][out_cols]
   std::size_t out_rows, out_cols;
+};
+
+// Depthwise convolutions: channel c of `out` is
+//   bias[c] + taps of channel c times channel c of x, + addend, then the activation
+// Outside of the image there are zeros.
+struct Depthwise {
+  Windows windows;
+  const float* taps;    // [channels][kernel_rows][kernel_cols]
+  const float* bias;    // [channels]
+  const float* addend;  // like `out`, or null
+  Activation activation;
 };
 
 // Products by table lookup. x is rounded to int16 in blocks of `pairs` pairs, like the words of the codebooks. A table
@@ -173,6 +186,10 @@ struct Kernels {
   void (*tile_windows)(const Tile& tile);
   void (*tile_positions)(const Tile& tile);
   void (*depthwise)(const Depthwise& depthwise);
+
+  // The largest value of each window. What lies outside of the image is left out; a window that lies there wholly has
+  // minus infinity. A NaN may be left out as well.
+  void (*max_pool)(const Windows& windows);
 
   // Out comes [i][j] with a bias for each i (`rows`) or each j (`columns`), or [j][i] with a bias for each j (`across`,
   // which may read rows of `sums` up to the next multiple of 8).

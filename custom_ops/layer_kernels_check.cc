@@ -1,6 +1,7 @@
 // Checks of the kernels of linear layers. Where a kernel rounds as the formula does, it must yield the same bits.
 #include <algorithm>
 #include <array>
+#include <optional>
 
 #include "check.h"
 
@@ -23,6 +24,17 @@ std::vector<float> Values(Random& random, size_t count, bool special) {
 bool Close(float got, double want, double scale) {
   if (!std::isfinite(scale)) return true;  // decided by the order of the sum
   return std::fabs(static_cast<double>(got) - want) <= 1e-5 * scale + 1e-30;
+}
+
+// Whether `got` may be what the activation makes of `value`: its bits, or for silu within 3e-7.
+bool IsActivated(float got, float value, const Activation& activation) {
+  if (!activation.silu) {
+    value = activation.low > value ? activation.low : value;
+    return Same(got, activation.high < value ? activation.high : value);
+  }
+  const double want = Activated(value, activation);
+  if (!std::isfinite(want)) return Same(got, static_cast<float>(want));
+  return std::fabs(double{got} - want) <= 3e-7 * std::fabs(want) + 1e-36;
 }
 
 void CheckTiles(const Kernels& kernels, unsigned seed) {
@@ -96,10 +108,13 @@ void CheckFinish(const Kernels& kernels, unsigned seed) {
     const std::vector<float> addend = Values(random, size, true);
     const bool scaled = Pick(random, 0, 1) != 0, adds = Pick(random, 0, 1) != 0;
     const float kInfinity = std::numeric_limits<float>::infinity();
-    const std::array<std::array<float, 2>, 3> bounds = {{{-kInfinity, kInfinity}, {0.0F, kInfinity}, {-0.5F, 0.75F}}};
-    const auto [low, high] = bounds[Pick(random, 0, 2)];
+    const std::array<Activation, 4> activations = {
+        {{-kInfinity, kInfinity, false}, {0.0F, kInfinity, false}, {-0.5F, 0.75F, false}, {1.0F, 2.0F, true}}};
+    const Activation activation = activations[Pick(random, 0, 3)];
     Guarded out(size, seed % 5);
-    std::vector<float> want(out.data(), out.data() + size);
+    const std::vector<float> before(out.data(), out.data() + size);
+    std::vector<float> values(size);
+    std::vector<bool> wanted(size, false);
     for (size_t i = 0; i < count; ++i) {
       for (size_t j = 0; j < lanes; ++j) {
         const size_t place = form.across ? j * stride + i : i * stride + j;
@@ -107,8 +122,8 @@ void CheckFinish(const Kernels& kernels, unsigned seed) {
         if (scaled) value *= scales[form.by_row ? i : j];
         value += bias[form.by_row ? i : j];
         if (adds) value += addend[place];
-        value = low > value ? low : value;
-        want[place] = high < value ? high : value;
+        values[place] = value;
+        wanted[place] = true;
       }
     }
     form.finish({.sums = sums.data(),
@@ -120,11 +135,11 @@ void CheckFinish(const Kernels& kernels, unsigned seed) {
                  .stride = stride,
                  .scales = scaled ? scales.data() : nullptr,
                  .bias = bias.data(),
-                 .low = low,
-                 .high = high});
+                 .activation = activation});
     if (!out.Intact()) return Fail(kernels, Named(seed), std::string(form.name) + " writes beside its output");
     for (size_t i = 0; i < size; ++i) {
-      if (!Same(out.data()[i], want[i])) {
+      const float got = out.data()[i];
+      if (wanted[i] ? !IsActivated(got, values[i], activation) : !Same(got, before[i])) {
         return Fail(kernels, Named(seed), std::string(form.name) + " differs at " + std::to_string(i));
       }
     }
@@ -140,6 +155,35 @@ void CheckFinish(const Kernels& kernels, unsigned seed) {
     same = same && Same(out.data()[j], want);
   }
   if (!same) Fail(kernels, Named(seed), "add_up differs");
+}
+
+// Silu of any floats, and of those in the range where its power is finite.
+void CheckSilu(const Kernels& kernels, unsigned seed) {
+  Random random(seed);
+  constexpr size_t kCount = 500;
+  const float infinity = std::numeric_limits<float>::infinity();
+  std::vector<float> values = {-infinity, infinity, std::nanf(""), 0.0F, -0.0F, 100.0F, -100.0F, 88.0F, -88.5F, -89.0F};
+  while (values.size() < kCount) {
+    values.push_back(Pick(random, 0, 1) != 0 ? std::bit_cast<float>(static_cast<std::uint32_t>(random()))
+                                             : std::uniform_real_distribution<float>(-90.0F, 90.0F)(random));
+  }
+  const Activation activation = {0.0F, 0.0F, true};
+  const float no_bias = 0.0F;
+  Guarded out(kCount, 0);
+  kernels.finish_rows({.sums = values.data(),
+                       .pitch = kCount,
+                       .count = 1,
+                       .lanes = kCount,
+                       .out = out.data(),
+                       .addend = nullptr,
+                       .stride = kCount,
+                       .scales = nullptr,
+                       .bias = &no_bias,
+                       .activation = activation});
+  for (size_t i = 0; i < kCount; ++i) {
+    if (IsActivated(out.data()[i], values[i], activation)) continue;
+    return Fail(kernels, Named(seed), "silu differs at " + std::to_string(values[i]));
+  }
 }
 
 // Panels and dot products of a random form, whose words may be anything.
@@ -196,54 +240,90 @@ void CheckForms(const Kernels& kernels, unsigned seed) {
   }
 }
 
-// Every output against the sum of its taps.
-void CheckDepthwise(const Kernels& kernels, unsigned seed) {
-  Random random(seed);
+// Windows over a few channels, without image and output.
+Windows RandomWindows(Random& random, unsigned seed) {
   const bool usual = Pick(random, 0, 2) != 0;  // windows that have code of their own
   const size_t size = usual ? 3 + 2 * Pick(random, 0, 1) : 0, stride = usual ? Pick(random, 1, 2) : 0;
   const auto pick = [&](size_t its_usual, size_t most) { return usual ? its_usual : Pick(random, 1, most); };
+  const size_t most_size = seed % 8 == 0 ? 20 : 4;
+  Windows w = {};
+  w.channels = Pick(random, 1, 3);
+  w.kernel_rows = pick(size, most_size), w.kernel_cols = pick(size, most_size);
+  w.stride_rows = pick(stride, 3), w.stride_cols = pick(stride, 3);
+  w.dilation_rows = pick(1, 2), w.dilation_cols = pick(1, 2);
+  w.image_rows = Pick(random, 1, 12), w.image_cols = Pick(random, 1, Pick(random, 0, 2) ? 12 : 70);
+  w.pad_rows = Pick(random, 0, 5), w.pad_cols = Pick(random, 0, 5);
+  const size_t reach_rows = (w.kernel_rows - 1) * w.dilation_rows + 1,
+               reach_cols = (w.kernel_cols - 1) * w.dilation_cols + 1;
+  const size_t padded_rows = std::max(reach_rows, w.image_rows + w.pad_rows + Pick(random, 0, 5)),
+               padded_cols = std::max(reach_cols, w.image_cols + w.pad_cols + Pick(random, 0, 5));
+  w.out_rows = (padded_rows - reach_rows) / w.stride_rows + 1;
+  w.out_cols = (padded_cols - reach_cols) / w.stride_cols + 1;
+  return w;
+}
+
+// Which value of its channel's image a tap of output `i` (of all channels) takes; nothing outside of the image.
+std::optional<size_t> PlaceOf(const Windows& w, size_t i, size_t tap) {
+  const size_t row = i / w.out_cols % w.out_rows, col = i % w.out_cols;
+  const size_t y = row * w.stride_rows + tap / w.kernel_cols * w.dilation_rows - w.pad_rows;
+  const size_t x = col * w.stride_cols + tap % w.kernel_cols * w.dilation_cols - w.pad_cols;
+  if (y >= w.image_rows || x >= w.image_cols) return std::nullopt;  // before the image they wrap around
+  return y * w.image_cols + x;
+}
+
+// Every output against the sum of its taps.
+void CheckDepthwise(const Kernels& kernels, unsigned seed) {
+  Random random(seed);
   Depthwise d = {};
-  d.channels = Pick(random, 1, 3);
-  d.kernel_rows = pick(size, 4), d.kernel_cols = pick(size, 4);
-  d.stride_rows = pick(stride, 3), d.stride_cols = pick(stride, 3);
-  d.dilation_rows = pick(1, 2), d.dilation_cols = pick(1, 2);
-  d.image_rows = Pick(random, 1, 12), d.image_cols = Pick(random, 1, Pick(random, 0, 2) ? 12 : 70);
-  d.pad_rows = Pick(random, 0, 5), d.pad_cols = Pick(random, 0, 5);
-  const size_t reach_rows = (d.kernel_rows - 1) * d.dilation_rows + 1,
-               reach_cols = (d.kernel_cols - 1) * d.dilation_cols + 1;
-  const size_t padded_rows = std::max(reach_rows, d.image_rows + d.pad_rows + Pick(random, 0, 5)),
-               padded_cols = std::max(reach_cols, d.image_cols + d.pad_cols + Pick(random, 0, 5));
-  d.out_rows = (padded_rows - reach_rows) / d.stride_rows + 1;
-  d.out_cols = (padded_cols - reach_cols) / d.stride_cols + 1;
-  const size_t image = d.image_rows * d.image_cols, out_plane = d.out_rows * d.out_cols;
-  const size_t taps_count = d.kernel_rows * d.kernel_cols;
+  d.windows = RandomWindows(random, seed);
+  Windows& w = d.windows;
+  const size_t image = w.image_rows * w.image_cols, out_plane = w.out_rows * w.out_cols;
+  const size_t taps_count = w.kernel_rows * w.kernel_cols;
   // Not a value more than may be read.
-  const std::vector<float> x = Values(random, d.channels * image, false),
-                           taps = Values(random, d.channels * taps_count, false),
-                           bias = Values(random, d.channels, false),
-                           addend = Values(random, d.channels * out_plane, false);
+  const std::vector<float> x = Values(random, w.channels * image, false),
+                           taps = Values(random, w.channels * taps_count, false),
+                           bias = Values(random, w.channels, false),
+                           addend = Values(random, w.channels * out_plane, false);
   const bool adds = Pick(random, 0, 3) == 0;
-  d.x = x.data(), d.taps = taps.data(), d.bias = bias.data(), d.addend = adds ? addend.data() : nullptr;
-  d.low = -1.0F, d.high = 2.0F;
-  Guarded out(d.channels * out_plane, seed % 5);
-  d.out = out.data();
+  w.x = x.data(), d.taps = taps.data(), d.bias = bias.data(), d.addend = adds ? addend.data() : nullptr;
+  d.activation = {-1.0F, 2.0F, Pick(random, 0, 2) == 0};
+  Guarded out(w.channels * out_plane, seed % 5);
+  w.out = out.data();
   kernels.depthwise(d);
   if (!out.Intact()) return Fail(kernels, Named(seed), "depthwise writes beside its output");
-  for (size_t i = 0; i < d.channels * out_plane; ++i) {
-    const size_t channel = i / out_plane, row = i / d.out_cols % d.out_rows, col = i % d.out_cols;
+  for (size_t i = 0; i < w.channels * out_plane; ++i) {
+    const size_t channel = i / out_plane;
     double want = double{bias[channel]} + (adds ? addend[i] : 0.0F), scale = std::fabs(want);
     for (size_t tap = 0; tap < taps_count; ++tap) {
-      const size_t y = row * d.stride_rows + tap / d.kernel_cols * d.dilation_rows - d.pad_rows;
-      const size_t z = col * d.stride_cols + tap % d.kernel_cols * d.dilation_cols - d.pad_cols;
-      if (y >= d.image_rows || z >= d.image_cols) continue;  // before the image they wrap around
-      const double product = double{taps[channel * taps_count + tap]} * x[channel * image + y * d.image_cols + z];
+      const std::optional<size_t> place = PlaceOf(w, i, tap);
+      if (!place) continue;
+      const double product = double{taps[channel * taps_count + tap]} * x[channel * image + *place];
       want += product;
       scale += std::fabs(product);
     }
-    want = std::min(std::max(want, double{d.low}), double{d.high});
-    if (!Close(out.data()[i], want, scale + 1.0)) {
+    if (!Close(out.data()[i], Activated(want, d.activation), kSiluRise * (scale + 1.0))) {
       return Fail(kernels, Named(seed), "depthwise differs at " + std::to_string(i));
     }
+  }
+}
+
+void CheckMaxPool(const Kernels& kernels, unsigned seed) {
+  Random random(seed);
+  Windows w = RandomWindows(random, seed);
+  if (seed % 4 != 0) w.dilation_rows = 1, w.dilation_cols = 1;  // the outputs are as many as they are
+  const size_t image = w.image_rows * w.image_cols, out_plane = w.out_rows * w.out_cols;
+  const std::vector<float> x = Values(random, w.channels * image, false);  // not a value more than may be read
+  Guarded out(w.channels * out_plane, seed % 5);
+  w.x = x.data(), w.out = out.data();
+  kernels.max_pool(w);
+  if (!out.Intact()) return Fail(kernels, Named(seed), "max_pool writes beside its output");
+  for (size_t i = 0; i < w.channels * out_plane; ++i) {
+    float want = -std::numeric_limits<float>::infinity();
+    for (size_t tap = 0; tap < w.kernel_rows * w.kernel_cols; ++tap) {
+      const std::optional<size_t> place = PlaceOf(w, i, tap);
+      if (place) want = std::max(want, x[i / out_plane * image + *place]);
+    }
+    if (out.data()[i] != want) return Fail(kernels, Named(seed), "max_pool differs at " + std::to_string(i));
   }
 }
 
@@ -316,8 +396,10 @@ void CheckTables(const Kernels& kernels, unsigned seed) {
 void CheckLayerKernels(const Kernels& kernels, unsigned seed) {
   CheckTiles(kernels, seed);
   CheckFinish(kernels, seed);
+  CheckSilu(kernels, seed);
   CheckForms(kernels, seed);
   CheckDepthwise(kernels, seed);
+  CheckMaxPool(kernels, seed);
   CheckTables(kernels, seed);
 }
 

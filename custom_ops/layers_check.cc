@@ -48,10 +48,6 @@ void Compare(const Kernels& kernels, const Node& node, const char* what, Guarded
   }
 }
 
-float Clamp(double value, const Call& call) {
-  return static_cast<float>(std::min(std::max(value, double{call.low}), double{call.high}));
-}
-
 void CheckMatrix(const Kernels& kernels, unsigned seed) {
   Random random(seed);
   Node node;
@@ -89,15 +85,16 @@ void CheckMatrix(const Kernels& kernels, unsigned seed) {
                  .codes = node.sample.View().codes,
                  .bias = bias.data(),
                  .addend = seed % 2 ? addend.data() : nullptr};
-    if (seed % 3 == 0) call.low = 0.0F;
+    if (seed % 3 == 0) call.activation.low = 0.0F;
+    call.activation.silu = seed % 5 == 1;
     call.out = out.data();
     matrix.Run(call, rows, Shuffled(seed));
     std::vector<double> want(rows * outputs), bound(rows * outputs);
     for (size_t i = 0; i < want.size(); ++i) {
-      want[i] = Clamp(call.addend != nullptr ? sums[i] + addend[i] : sums[i], call);
-      bound[i] = 1e-5 * scales[i] + 1e-6;
+      want[i] = Activated(call.addend != nullptr ? sums[i] + addend[i] : sums[i], call.activation);
+      bound[i] = kSiluRise * 1e-5 * scales[i] + 1e-6;
       if (precision == Precision::kTables && by_output) {
-        bound[i] += TableError(node.sample, x, node.sample.groups, i % outputs);
+        bound[i] += kSiluRise * TableError(node.sample, x, node.sample.groups, i % outputs);
       }
     }
     Compare(kernels, node, precision == Precision::kExact ? "Matrix" : "Matrix by tables", out, want, bound);
@@ -176,15 +173,16 @@ void CheckConv(const Kernels& kernels, unsigned seed) {
                  .codes = node.sample.View().codes,
                  .bias = bias.data(),
                  .addend = seed % 2 ? addend.data() : nullptr};
-    if (seed % 3 == 0) call.high = 0.5F;
+    if (seed % 3 == 0) call.activation.high = 0.5F;
+    call.activation.silu = seed % 5 == 1;
     call.out = out.data();
     conv.Run(call, shape, Shuffled(seed));
     std::vector<double> want(addend.size()), bound(addend.size());
     for (size_t i = 0; i < want.size(); ++i) {
-      want[i] = Clamp(call.addend != nullptr ? sums[i] + addend[i] : sums[i], call);
-      bound[i] = 1e-5 * scales[i] + 1e-6;
+      want[i] = Activated(call.addend != nullptr ? sums[i] + addend[i] : sums[i], call.activation);
+      bound[i] = kSiluRise * 1e-5 * scales[i] + 1e-6;
       if (precision == Precision::kTables && order < 3) {
-        bound[i] += TableError(node.sample, x, node.sample.groups, i / out_plane % outputs);
+        bound[i] += kSiluRise * TableError(node.sample, x, node.sample.groups, i / out_plane % outputs);
       }
     }
     Compare(kernels, node, precision == Precision::kExact ? "Conv" : "Conv by tables", out, want, bound);

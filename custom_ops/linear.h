@@ -18,14 +18,16 @@
 
 namespace vqonnx {
 
+constexpr Activation kNoActivation = {-std::numeric_limits<float>::infinity(), std::numeric_limits<float>::infinity(),
+                                      false};
+
 // What one run is given. Sizes have been checked by OutputShape.
 struct Call {
   const float* x = nullptr;
   const std::uint8_t* codes = nullptr;
   const float* bias = nullptr;    // one an output
   const float* addend = nullptr;  // like the output, or null
-  float low = -std::numeric_limits<float>::infinity();
-  float high = std::numeric_limits<float>::infinity();
+  Activation activation = kNoActivation;
   float* out = nullptr;
 };
 

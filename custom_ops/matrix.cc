@@ -72,8 +72,7 @@ void Matrix::FinishRow(const Call& call, size_t row, size_t output, size_t count
                             .stride = 0,
                             .scales = weight_.scales().data() + output,
                             .bias = call.bias + output,
-                            .low = call.low,
-                            .high = call.high});
+                            .activation = call.activation});
 }
 
 // The chunks of inputs are dealt out, each part of them to sums of its own, which are added up at last.
@@ -202,8 +201,7 @@ void Matrix::RunExact(const Call& call, size_t rows, const Tasks& tasks) const {
                                   .stride = outputs,
                                   .scales = nullptr,
                                   .bias = bias,
-                                  .low = call.low,
-                                  .high = call.high});
+                                  .activation = call.activation});
       }
     }
   });

@@ -18,6 +18,10 @@ struct Wide {
   // Not vmaxq and vminq, which tell the zeros apart.
   static float32x4_t Max(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static float32x4_t Min(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+  static float32x4_t Div(float32x4_t a, float32x4_t b) { return vdivq_f32(a, b); }
+  static float32x4_t ToExponent(float32x4_t a) {
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(a), 23));
+  }
   static float32x4_t LoadPart(const float* p, std::size_t n) {
     float lanes[kLanes] = {};
     for (std::size_t i = 0; i < n; ++i) lanes[i] = p[i];
@@ -32,9 +36,11 @@ struct Wide {
     std::size_t begin, end;
   };
   static Range RangeOf(std::size_t begin, std::size_t end) { return {begin, end}; }
-  static float32x4_t LoadRange(const float* p, Range range) {
+  static float32x4_t LoadRange(const float* p, Range range) { return LoadRangeOr(p, range, Set(0.0F)); }
+  static float32x4_t LoadRangeOr(const float* p, Range range, float32x4_t other) {
     if (range.begin == 0 && range.end == kLanes) return Load(p);
-    float lanes[kLanes] = {};
+    float lanes[kLanes];
+    Store(lanes, other);
     for (std::size_t i = range.begin; i < range.end; ++i) lanes[i] = p[i];
     return Load(lanes);
   }
@@ -112,6 +118,7 @@ const Kernels kNeon = {.name = "neon",
                        .tile_windows = TileWindows,
                        .tile_positions = TilePositions,
                        .depthwise = SumDepthwise,
+                       .max_pool = MaxPools,
                        .finish_rows = FinishRows,
                        .finish_columns = FinishColumns,
                        .finish_across = FinishAcross,

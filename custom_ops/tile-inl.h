@@ -1,7 +1,6 @@
-// Products of matrices in tiles that fit in registers, over the vocabulary of kernels-inl.h and, from `Wide`:
+// Products of matrices in tiles that fit in registers, over the vocabulary of kernels-inl.h and activation-inl.h and,
+// from `Wide`:
 //
-//   MulAdd(a, b, c)                 a * b + c
-//   Max(a, b), Min(a, b)            b where one of them is NaN
 //   LoadPart(p, n), StorePart(p, n, a)   the first n < kLanes lanes
 //   kTileVectors, kTileCount        the tile: so many vectors wide, so many rows high
 //
@@ -16,7 +15,7 @@ static_assert(kTileCount * kTileLanes <= kMaxTileFloats);
 // Sums that are in registers, to rows of the output.
 template <std::size_t kCount, std::size_t kVectors>
 VQONNX_INLINE void FinishTile(const Finish& f, decltype(Wide::Set(0.0F)) (&sums)[kCount][kVectors]) {
-  const auto low = Wide::Set(f.low), high = Wide::Set(f.high);
+  const Activate<false> activate(f.activation);
   VQONNX_UNROLL
   for (std::size_t i = 0; i < kCount; ++i) {
     const auto bias = Wide::Set(f.bias[i]);
@@ -26,11 +25,11 @@ VQONNX_INLINE void FinishTile(const Finish& f, decltype(Wide::Set(0.0F)) (&sums)
       auto value = Wide::Add(sums[i][j], bias);
       if (f.lanes >= (j + 1) * Wide::kLanes) {
         if (f.addend != nullptr) value = Wide::Add(value, Wide::Load(f.addend + at));
-        Wide::Store(f.out + at, Wide::Min(high, Wide::Max(low, value)));
+        Wide::Store(f.out + at, activate(value));
       } else if (f.lanes > j * Wide::kLanes) {
         const std::size_t rest = f.lanes - j * Wide::kLanes;
         if (f.addend != nullptr) value = Wide::Add(value, Wide::LoadPart(f.addend + at, rest));
-        Wide::StorePart(f.out + at, rest, Wide::Min(high, Wide::Max(low, value)));
+        Wide::StorePart(f.out + at, rest, activate(value));
       }
     }
   }
@@ -181,11 +180,11 @@ void DecodePanel(const Coded& m, std::size_t row, std::size_t rows, std::size_t 
 
 // One row of the output, with one scale and bias for all of it, or one for each value.
 // `lanes` is f.lanes, as a constant where it is the usual one.
-template <bool kOne, bool kScaled, bool kAdds>
+template <bool kOne, bool kScaled, bool kAdds, bool kSilu>
 VQONNX_INLINE void FinishRow(const Finish& f, std::size_t lanes, const float* sums, const float* scales,
                              const float* bias, std::size_t at) {
   using V = decltype(Wide::Set(0.0F));
-  const V low = Wide::Set(f.low), high = Wide::Set(f.high);
+  const Activate<kSilu> activate(f.activation);
   const V one_scale = Wide::Set(kOne && kScaled ? *scales : 1.0F), one_bias = Wide::Set(kOne ? *bias : 0.0F);
   float* out = f.out + at;
   std::size_t j = 0;
@@ -194,7 +193,7 @@ VQONNX_INLINE void FinishRow(const Finish& f, std::size_t lanes, const float* su
     if (kScaled) value = Wide::Mul(value, kOne ? one_scale : Wide::Load(scales + j));
     value = Wide::Add(value, kOne ? one_bias : Wide::Load(bias + j));
     if (kAdds) value = Wide::Add(value, Wide::Load(f.addend + at + j));
-    Wide::Store(out + j, Wide::Min(high, Wide::Max(low, value)));
+    Wide::Store(out + j, activate(value));
   }
   if (j == lanes) return;
   const std::size_t rest = lanes - j;
@@ -202,36 +201,42 @@ VQONNX_INLINE void FinishRow(const Finish& f, std::size_t lanes, const float* su
   if (kScaled) value = Wide::Mul(value, kOne ? one_scale : Wide::LoadPart(scales + j, rest));
   value = Wide::Add(value, kOne ? one_bias : Wide::LoadPart(bias + j, rest));
   if (kAdds) value = Wide::Add(value, Wide::LoadPart(f.addend + at + j, rest));
-  Wide::StorePart(out + j, rest, Wide::Min(high, Wide::Max(low, value)));
+  Wide::StorePart(out + j, rest, activate(value));
 }
 
-template <bool kOne, bool kScaled, bool kAdds>
+template <bool kOne, bool kScaled, bool kAdds, bool kSilu>
 void FinishEach(const Finish& f) {
   for (std::size_t i = 0; i < f.count; ++i) {
     const std::size_t own = kOne ? i : 0;
     const float* sums = f.sums + i * f.pitch;
     const float* scales = kScaled ? f.scales + own : nullptr;
     if (f.lanes == kTileLanes) {
-      FinishRow<kOne, kScaled, kAdds>(f, kTileLanes, sums, scales, f.bias + own, i * f.stride);
+      FinishRow<kOne, kScaled, kAdds, kSilu>(f, kTileLanes, sums, scales, f.bias + own, i * f.stride);
     } else {
-      FinishRow<kOne, kScaled, kAdds>(f, f.lanes, sums, scales, f.bias + own, i * f.stride);
+      FinishRow<kOne, kScaled, kAdds, kSilu>(f, f.lanes, sums, scales, f.bias + own, i * f.stride);
     }
   }
+}
+
+template <bool kOne, bool kScaled, bool kAdds>
+void ChooseActivation(const Finish& f) {
+  f.activation.silu ? FinishEach<kOne, kScaled, kAdds, true>(f) : FinishEach<kOne, kScaled, kAdds, false>(f);
 }
 
 template <bool kOne>
 void FinishAny(const Finish& f) {
   if (f.scales != nullptr)
-    return f.addend != nullptr ? FinishEach<kOne, true, true>(f) : FinishEach<kOne, true, false>(f);
-  f.addend != nullptr ? FinishEach<kOne, false, true>(f) : FinishEach<kOne, false, false>(f);
+    return f.addend != nullptr ? ChooseActivation<kOne, true, true>(f) : ChooseActivation<kOne, true, false>(f);
+  f.addend != nullptr ? ChooseActivation<kOne, false, true>(f) : ChooseActivation<kOne, false, false>(f);
 }
 
 void FinishRows(const Finish& f) { FinishAny<true>(f); }
 void FinishColumns(const Finish& f) { FinishAny<false>(f); }
 
-void FinishAcross(const Finish& f) {
+template <bool kSilu>
+void FinishTurned(const Finish& f) {
   using V = decltype(Wide::Set(0.0F));
-  const V low = Wide::Set(f.low), high = Wide::Set(f.high);
+  const Activate<kSilu> activate(f.activation);
   for (std::size_t first = 0; first < f.count; first += Wide::kLanes) {
     const std::size_t count = f.count - first < Wide::kLanes ? f.count - first : Wide::kLanes;
     const float* rows[Wide::kLanes];  // the last one stands in for those that are not there
@@ -246,11 +251,13 @@ void FinishAcross(const Finish& f) {
         if (f.scales != nullptr) value = Wide::Mul(value, Wide::Set(f.scales[j + i]));
         value = Wide::Add(value, Wide::Set(f.bias[j + i]));
         if (f.addend != nullptr) value = Wide::Add(value, Wide::LoadPart(f.addend + at, count));
-        Wide::StorePart(f.out + at, count, Wide::Min(high, Wide::Max(low, value)));
+        Wide::StorePart(f.out + at, count, activate(value));
       }
     }
   }
 }
+
+void FinishAcross(const Finish& f) { f.activation.silu ? FinishTurned<true>(f) : FinishTurned<false>(f); }
 
 void AddUp(const float* from, std::size_t stride, std::size_t count, std::size_t size, float* out) {
   std::size_t j = 0;

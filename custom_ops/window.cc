@@ -31,8 +31,12 @@ std::span<const std::int64_t> KernelSizes(const std::vector<std::int64_t>& weigh
   if (weight.size() != 3 && weight.size() != 4) {
     throw Invalid("the weight is " + Text(weight) + "; it must have the axes of a 1-D or 2-D convolution");
   }
+  return CheckedKernel(std::span(weight).subspan(2));
+}
+
+std::span<const std::int64_t> CheckedKernel(std::span<const std::int64_t> sizes) {
   constexpr size_t kMostTaps = size_t{1} << 20;
-  const auto sizes = std::span(weight).subspan(2);
+  if (sizes.size() != 1 && sizes.size() != 2) throw Invalid("a window of " + Text(sizes) + " must have 1 or 2 axes");
   const std::optional<size_t> taps =
       Times(static_cast<size_t>(sizes.front()), sizes.size() == 2 ? static_cast<size_t>(sizes.back()) : 1);
   if (!taps || *taps > kMostTaps) throw Invalid("a window of " + Text(sizes) + " is too large");
@@ -56,22 +60,24 @@ Window::Window(std::span<const std::int64_t> sizes, std::span<const std::int64_t
   }
 }
 
+size_t Window::Outputs(size_t axis, size_t size) const {
+  if (size > static_cast<size_t>(kMost)) throw Invalid("an image axis of " + Text(size) + " is too long");
+  const size_t padded = size + begin[axis] + end[axis];
+  if (size == 0 || padded < Reach(axis)) {
+    throw Invalid("an image axis of " + Text(size) + ", padded to " + Text(padded) + ", is shorter than the window's " +
+                  Text(Reach(axis)));
+  }
+  return (padded - Reach(axis)) / stride[axis] + 1;
+}
+
 Grid::Grid(const Window& w, size_t image_rows, size_t image_cols)
     : window_(w), image_rows_(image_rows), image_cols_(image_cols) {
   const std::array<size_t, 2> image = {image_rows, image_cols};
   std::array<size_t, 2> out, size;
   std::array<std::vector<size_t>, 2> remainders;  // which ones the taps need, in the order of the phases
   for (size_t axis = 0; axis < 2; ++axis) {
-    if (image[axis] > static_cast<size_t>(kMost))
-      throw Invalid("an image axis of " + Text(image[axis]) + " is too long");
-    const size_t reach = (w.kernel[axis] - 1) * w.dilation[axis] + 1;
-    const size_t padded = image[axis] + w.begin[axis] + w.end[axis];
-    if (image[axis] == 0 || padded < reach) {
-      throw Invalid("an image axis of " + Text(image[axis]) + ", padded to " + Text(padded) +
-                    ", is shorter than the window's " + Text(reach));
-    }
-    out[axis] = (padded - reach) / w.stride[axis] + 1;
-    size[axis] = out[axis] + (reach - 1) / w.stride[axis];
+    out[axis] = w.Outputs(axis, image[axis]);
+    size[axis] = out[axis] + (w.Reach(axis) - 1) / w.stride[axis];
     for (size_t k = 0; k < w.kernel[axis]; ++k) {
       const size_t remainder = k * w.dilation[axis] % w.stride[axis];
       if (std::find(remainders[axis].begin(), remainders[axis].end(), remainder) == remainders[axis].end()) {

@@ -13,6 +13,9 @@
 
 namespace vqonnx {
 
+// Sizes of a kernel of one or two axes, which must not have too many taps. Throws Invalid.
+std::span<const std::int64_t> CheckedKernel(std::span<const std::int64_t> sizes);
+
 // The sizes of the kernel of a weight [outputs, channels, kernel..] with one or two axes. Throws Invalid.
 std::span<const std::int64_t> KernelSizes(const std::vector<std::int64_t>& weight);
 
@@ -23,6 +26,11 @@ struct Window {
   // From attributes, which have one value (pads: two) for each of `kernel`'s one or two axes. Throws Invalid.
   Window(std::span<const std::int64_t> kernel, std::span<const std::int64_t> strides,
          std::span<const std::int64_t> dilations, std::span<const std::int64_t> pads);
+
+  std::size_t Reach(std::size_t axis) const { return (kernel[axis] - 1) * dilation[axis] + 1; }
+
+  // How many fit on an axis of an image, rounded down. Throws Invalid: the axis is too short or too long.
+  std::size_t Outputs(std::size_t axis, std::size_t size) const;
 };
 
 // The window over images of one size.

@@ -15,7 +15,7 @@ from vqonnx.form import Coded
 from vqonnx.runtime import get_library_path
 
 F32 = np.float32
-CONV = ("Conv", "ConvRelu", "ConvClip", "ConvAdd", "ConvAddRelu")
+CONV = ("Conv", "ConvRelu", "ConvClip", "ConvAdd", "ConvAddRelu", "ConvSilu")
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class Layer:
             nodes.append(helper.make_node("Relu", [nodes[-1].output[0]], ["R"]))
         if steps == "Clip":
             nodes.append(helper.make_node("Clip", ["T", "min", "max"], ["R"]))
+        if steps == "Silu":
+            nodes += [helper.make_node("Sigmoid", ["T"], ["S"]), helper.make_node("Mul", ["T", "S"], ["R"])]
         nodes[-1].output[0] = "Y"
         return self._model(nodes, arrays)
 

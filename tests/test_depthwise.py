@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-OPS = ("DepthwiseConv", "DepthwiseConvRelu", "DepthwiseConvClip")
+OPS = ("DepthwiseConv", "DepthwiseConvRelu", "DepthwiseConvClip", "DepthwiseConvSilu")
 
 
 def model(op: str, weight: np.ndarray, plain: bool = False, **attributes: Any) -> bytes:
@@ -27,7 +27,9 @@ def model(op: str, weight: np.ndarray, plain: bool = False, **attributes: Any) -
         nodes = [helper.make_node(op, ["X", "W", "B", *limits], ["Y"], name="layer", domain="vqonnx", **given)]
     else:
         nodes = [helper.make_node("Conv", ["X", "W", "B"], ["T" if step else "Y"], **given)]
-        if step:
+        if step == "Silu":
+            nodes += [helper.make_node("Sigmoid", ["T"], ["S"]), helper.make_node("Mul", ["T", "S"], ["Y"])]
+        elif step:
             nodes.append(helper.make_node(step, ["T", *limits], ["Y"]))
     graph = helper.make_graph(
         nodes,

@@ -148,7 +148,7 @@ def test_any_form_and_window(case: tuple[Layer, tuple[int, ...]]) -> None:
     check(layer, shape, precision="exact")
 
 
-@pytest.mark.parametrize("op", ["Conv", "ConvRelu", "ConvAddRelu"])
+@pytest.mark.parametrize("op", ["Conv", "ConvRelu", "ConvAddRelu", "ConvSilu"])
 def test_nan_and_infinity_pass_through(op: str) -> None:
     layer = conv(random_form(1, rows=40, cols=24 * 9), (40, 24, 3, 3), op=op, order="hwi", pads=(1, 1, 1, 1))
     x = np.random.default_rng(1).standard_normal((1, 24, 14, 14)).astype(F32)

@@ -14,7 +14,7 @@ from cases import CASES, Case, numbers, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from test_fused import optimised
+from test_fused import assert_means, optimised
 from test_place import FORMS, assert_same_outputs, rewrite
 
 import vqonnx
@@ -110,6 +110,41 @@ FUSES: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "a constant summand": (f"{IMAGE} {{ a = Conv {SAME} (x, w)  y = Add (a, channel) }}", {"w": "Conv"}),
     "sigmoid": (f"{IMAGE} {{ a = Conv {SAME} (x, w, b)  y = Sigmoid (a) }}", {"w": "Conv"}),
+    "silu": (f"{IMAGE} {{ a = Conv {SAME} (x, w, b)  s = Sigmoid (a)  y = Mul (a, s) }}", {"w": "ConvSilu"}),
+    "silu, the other way": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w)  s = Sigmoid (a)  n = Neg (x)  y = Mul (s, a) }}",
+        {"w": "ConvSilu"},
+    ),
+    "silu, a product that others read": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w, b)  s = Sigmoid (a)  p = Mul (a, s)  n = Abs (p)  y = Add (p, n) }}",
+        {"w": "ConvSilu"},
+    ),
+    "silu of what others read": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w, b)  s = Sigmoid (a)  p = Mul (a, s)  y = Add (p, a) }}",
+        {"w": "Conv"},
+    ),
+    "silu, a sigmoid that others read": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w, b)  s = Sigmoid (a)  p = Mul (a, s)  y = Add (p, s) }}",
+        {"w": "Conv"},
+    ),
+    "a sigmoid of something else": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w, b)  s = Sigmoid (x)  y = Mul (a, s) }}",
+        {"w": "Conv"},
+    ),
+    "a sigmoid times something else": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w, b)  n = Neg (a)  s = Sigmoid (a)  y = Mul (n, s) }}",
+        {"w": "Conv"},
+    ),
+    "a square": (f"{IMAGE} {{ a = Conv {SAME} (x, w, b)  y = Mul (a, a) }}", {"w": "Conv"}),
+    "depthwise then silu": (
+        f"""{IMAGE} {{ a = Conv {SAME} (x, w)  s = Sigmoid (a)  p = Mul (a, s)
+            d = Conv {DEEP} (p, dw, b)  t = Sigmoid (d)  y = Mul (t, d) }}""",
+        {"w": "ConvSilu", "dw": "DepthwiseConvSilu"},
+    ),
+    "gemm then silu": (
+        "(float[M, 6] x) => (float[M, 8] y) { a = Gemm (x, m)  s = Sigmoid (a)  y = Mul (a, s) }",
+        {"m": "Gemm"},
+    ),
     "clip": (f"{IMAGE} {{ a = Conv {SAME} (x, w, b)  y = Clip (a, low, top) }}", {"w": "ConvClip"}),
     "clip at numbers in lists": (
         f"{IMAGE} {{ a = Conv {SAME} (x, w, b)  y = Clip (a, lows, top) }}",
@@ -137,7 +172,7 @@ FUSES: dict[str, tuple[str, dict[str, str]]] = {
         f"""{IMAGE} {{ a = Conv {SAME} (x, w)  r = Abs (a)  s = Mul (r, channel)
             p = MaxPool <kernel_shape = [2, 2]> (s)  d = Conv <group = 4, strides = [2, 2]> (p, dw)
             f = Conv {DEEP} (d, dv)  y = Neg (f) }}""",
-        {"w": "Conv", "dw": "DepthwiseConv", "dv": "DepthwiseConv"},
+        {"w": "Conv", "dw": "DepthwiseConv", "dv": "DepthwiseConv", "p": "MaxPool"},
     ),
     "depthwise with a sum": (
         f"{IMAGE} {{ a = Conv {SAME} (x, w)  d = Conv {DEEP} (a, dw)  y = Add (d, x) }}",
@@ -163,6 +198,47 @@ FUSES: dict[str, tuple[str, dict[str, str]]] = {
     "depthwise, two outputs a channel": (
         f"{IMAGE} {{ a = Conv {SAME} (x, w)  d = Conv {DEEP} (a, wide)  y = Conv (d, from_wide) }}",
         {"w": "Conv", "from_wide": "Conv"},
+    ),
+    "pool": (
+        f"""{IMAGE} {{ a = Conv {SAME} (x, w, b)  r = Relu (a)
+            y = MaxPool <kernel_shape = [3, 3], strides = [2, 2]> (r) }}""",
+        {"w": "ConvRelu", "y": "MaxPool"},
+    ),
+    "pools of a sum, and of a pool": (
+        f"""{IMAGE} {{ a = Conv {SAME} (x, w)  s = Sigmoid (a)  r = Mul (a, s)
+            p = MaxPool <kernel_shape = [3, 3], auto_pad = "SAME_UPPER"> (r)
+            q = MaxPool <kernel_shape = [5, 5], pads = [2, 2, 2, 2], dilations = [1, 1], ceil_mode = 0> (p)
+            c = Concat <axis = 1> (r, p, q)  n = Abs (c)  y = MaxPool <kernel_shape = [1, 2]> (c) }}""",
+        {"w": "ConvSilu", "p": "MaxPool", "q": "MaxPool", "y": "MaxPool"},
+    ),
+    "pool then relu": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w, b)  p = MaxPool <kernel_shape = [2, 2]> (a)  y = Relu (p) }}",
+        {"w": "Conv", "p": "MaxPool"},
+    ),
+    "pool in front": (f"{IMAGE} {{ p = MaxPool <kernel_shape = [2, 2]> (x)  y = Conv {SAME} (p, w) }}", {"w": "Conv"}),
+    "pool of what may have another type": (
+        f"""{IMAGE} {{ a = Conv {SAME} (x, w)  d = Cast <to = 11> (a)  p = MaxPool <kernel_shape = [2, 2]> (d)
+            y = Cast <to = 1> (p) }}""",
+        {"w": "Conv"},
+    ),
+    "pool with rounding up": (
+        f"""{IMAGE} {{ a = Conv {SAME} (x, w)
+            y = MaxPool <kernel_shape = [3, 3], strides = [2, 2], ceil_mode = 1> (a) }}""",
+        {"w": "Conv"},
+    ),
+    "pool with dilations": (
+        f"{IMAGE} {{ a = Conv {SAME} (x, w)  y = MaxPool <kernel_shape = [2, 2], dilations = [2, 1]> (a) }}",
+        {"w": "Conv"},
+    ),
+    "pool with places": (
+        f"""{IMAGE} {{ a = Conv {SAME} (x, w)  p, i = MaxPool <kernel_shape = [2, 2]> (a)
+            f = Cast <to = 1> (i)  y = Add (p, f) }}""",
+        {"w": "Conv"},
+    ),
+    "pool of one axis": (
+        """(float[N, 4, 9] x) => (float[N, C, L] y) {
+            a = Conv (x, one)  y = MaxPool <kernel_shape = [3], strides = [3]> (a) }""",
+        {"one": "Conv", "y": "MaxPool"},
     ),
     "a weight that two read": (f"{IMAGE} {{ a = Conv {SAME} (x, w)  y = Conv {SAME} (a, w) }}", {}),
     "transposed": (f"{IMAGE} {{ y = ConvTranspose (x, w) }}", {}),
@@ -250,7 +326,8 @@ def test_what_is_fused(name: str, tmp_path: Path) -> None:
     assert fused(model) == ops
     assert_same_outputs(case, model)
     found = run(open_session(model.SerializeToString(), library=True), case.feed)["y"]
-    np.testing.assert_array_equal(found, run(open_session(original.SerializeToString()), case.feed)["y"])
+    wanted = run(open_session(original.SerializeToString()), case.feed)["y"]
+    assert_means("Silu" if "Sigmoid" in graph else "", found, wanted)
     if '""' not in graph:  # onnxruntime makes no NCHWc Conv where a bias is given as empty; the fused op has zeros
         assert optimised(model.SerializeToString(), tmp_path) == optimised(before.SerializeToString(), tmp_path)
     custom = rewrite(case.copy(), "custom")
@@ -321,6 +398,15 @@ def test_names_and_texts_survive() -> None:
     assert [(entry.key, entry.value) for entry in model.metadata_props] == [("author", "somebody")]
     assert [value.name for value in model.graph.value_info] == ["a"]
     same_outputs(placed(graph, w=W, b=B), x=numbers((2, 4, 6, 6), 3))
+
+
+@pytest.mark.parametrize("name", ["a", "s"])
+def test_no_value_of_a_silu_that_leaves_the_graph_is_hidden(name: str) -> None:
+    outputs = f"float[N, 4, H, W] y, float[N, 4, H, W] {name}"
+    body = f"a = Conv {SAME} (x, w)  s = Sigmoid (a)  y = Mul (a, s)"
+    model = placed(f"(float[N, 4, 6, 6] x) => ({outputs}) {{ {body} }}", w=W)
+    same_outputs(model, x=numbers((2, 4, 6, 6), 3))
+    assert [node.op_type for node in model.graph.node] == ["Conv", "Sigmoid", "Mul"]
 
 
 def test_a_value_that_leaves_the_graph_or_is_read_inside_is_not_hidden() -> None:

@@ -33,7 +33,8 @@ class FusedFile:
     Attributes:
         path: Where.
         bytes: Its size on disk, external data included.
-        layers: Name of the fused op by name of the weight; those that were taken apart, if that was asked for.
+        layers: Name of the fused op by name of the weight (of the output, for a MaxPool); those that were taken apart,
+            if that was asked for.
     """
 
     path: Path

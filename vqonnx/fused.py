@@ -1,7 +1,7 @@
 """The fused ops: a layer that reads its weight as codes, with what follows it, and their bodies as ONNX functions.
 
-Depthwise convolutions have hardly any weights and keep them as they are; their ops are there so that between layers of
-other ops nothing changes the order of values in memory, as onnxruntime's own convolutions do.
+Depthwise convolutions have hardly any weights and keep them as they are, and a MaxPool has none; their ops are there
+because between layers of other ops onnxruntime's own would change the order of values in memory, or be slow.
 
 A body calls ``vqonnx.Decode`` and then the standard operators, so that onnxruntime without the library makes the same
 graph of a fused file as of the original. ``docs/format.md`` gives inputs and attributes; `fusion.py` puts the ops in.
@@ -18,19 +18,28 @@ from vqonnx.ops import DOMAIN, VERSION
 
 CODED = ("codes", "codebooks", "scales", "layout")  # the inputs of Decode, which follow X in every fused op
 CLIP_OPSET = 11  # from which on the limits of Clip are inputs
+LAYERS = ("Conv", "Gemm", "MatMul")  # operators with a weight
 # Attributes of the layer that the body hands on; every node has them.
-HANDED_ON = {
+_HANDED_ON = {
     "Conv": {"strides": "ints", "pads": "ints", "dilations": "ints", "group": "int"},
     "Gemm": {"transB": "int"},
     "MatMul": {},
+    "MaxPool": {"kernel_shape": "ints", "strides": "ints", "pads": "ints"},
 }
 # Attributes that a node may keep from its layer. They say nothing new, so the body does not read them.
 _KEPT = {
     "Conv": ["kernel_shape: ints = []", 'auto_pad: string = "NOTSET"'],
     "Gemm": ["alpha: float = 1.0", "beta: float = 1.0", "transA: int = 0"],
     "MatMul": [],
+    "MaxPool": [
+        "dilations: ints = []",
+        'auto_pad: string = "NOTSET"',
+        "ceil_mode: int = 0",
+        "storage_order: int = 0",
+    ],
 }
-_FURTHER = {"Add": ["Z"], "Clip": ["min", "max"], "Relu": []}  # inputs of a follower besides the value before it
+_FURTHER = {"Add": ["Z"], "Clip": ["min", "max"]}  # inputs of a follower besides those of the nodes before it
+SILU = ("Sigmoid", "Mul")  # of the layer's output, and of both
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,8 @@ class FusedOp:
     """A layer and the operators after it that are computed with it.
 
     Attributes:
-        layer: ``Conv``, ``Gemm`` or ``MatMul``; ``DepthwiseConv`` has its weight as it is, not as codes.
+        layer: ``Conv``, ``Gemm`` or ``MatMul``; ``DepthwiseConv`` has its weight as it is, not as codes; ``MaxPool``
+            has none.
         tail: What follows, first to last.
     """
 
@@ -48,30 +58,32 @@ class FusedOp:
     @property
     def coded(self) -> bool:
         """Whether the weight is a Decode."""
-        return self.layer != _DEPTHWISE
+        return self.layer in LAYERS
 
     @property
     def operator(self) -> str:
         """The standard operator that computes the layer."""
-        return self.layer if self.coded else "Conv"
+        return "Conv" if self.layer == _DEPTHWISE else self.layer
 
     @property
     def name(self) -> str:
-        """Name of the op, such as ``ConvAddRelu``."""
-        return self.layer + "".join(self.tail)
+        """Name of the op, such as ``ConvAddRelu`` or ``ConvSilu``."""
+        return self.layer + ("Silu" if self.tail == SILU else "".join(self.tail))
 
     @property
     def inputs(self) -> list[str]:
         """Its inputs in order."""
-        weight, bias = CODED if self.coded else ("W",), [] if self.layer == "MatMul" else ["B"]
-        return ["X", *weight, *bias, *(name for step in self.tail for name in _FURTHER[step])]
+        weight = CODED if self.coded else ("W",) if self.layer == _DEPTHWISE else ()
+        bias = ["B"] if self.operator in ("Conv", "Gemm") else []
+        return ["X", *weight, *bias, *(name for step in self.tail for name in _FURTHER.get(step, []))]
 
     def function(self, opset: int) -> FunctionProto:
         """The body for a model at ``opset``."""
-        handed_on = HANDED_ON[self.operator]
+        handed_on = _HANDED_ON[self.operator]
         declared = [*handed_on, *_KEPT[self.operator]]
         values = ", ".join(f"{name}: {kind} = @{name}" for name, kind in handed_on.items())
-        layer_inputs = ["X", "W", *(["B"] if "B" in self.inputs else [])]
+        weight = ["W"] if self.coded else []
+        layer_inputs = ["X", *weight, *(name for name in ("W", "B") if name in self.inputs)]
         lines = [f"Y = {self.operator} {f'<{values}>' if values else ''} ({', '.join(layer_inputs)})"]
         if self.coded:
             # `coding` stays behind: onnx.reference looks for no defaults, and another coding would bring another body.
@@ -80,7 +92,8 @@ class FusedOp:
         for step in self.tail:
             before = f"before_{step}"
             lines[-1] = lines[-1].replace("Y = ", f"{before} = ", 1)
-            lines.append(f"Y = {step} ({', '.join([before, *_FURTHER[step]])})")
+            operands = ["before_Sigmoid", before] if step == "Mul" else [before, *_FURTHER.get(step, [])]
+            lines.append(f"Y = {step} ({', '.join(operands)})")
         body = "\n".join(lines)
         return onnx.parser.parse_function(
             f'<domain: "{DOMAIN}", opset_import: ["" : {opset}, "{DOMAIN}" : {VERSION}]>\n'
@@ -95,11 +108,14 @@ _ALL = (
     FusedOp("Conv", ("Clip",)),
     FusedOp("Conv", ("Add",)),
     FusedOp("Conv", ("Add", "Relu")),
+    FusedOp("Conv", SILU),
     FusedOp("Gemm"),
     FusedOp("Gemm", ("Relu",)),
     FusedOp("MatMul"),
     FusedOp(_DEPTHWISE),
     FusedOp(_DEPTHWISE, ("Relu",)),
     FusedOp(_DEPTHWISE, ("Clip",)),
+    FusedOp(_DEPTHWISE, SILU),
+    FusedOp("MaxPool"),
 )
 FUSED = {op.name: op for op in _ALL}

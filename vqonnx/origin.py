@@ -29,7 +29,7 @@ class Origin:
         bias: Inputs of the layer behind the weight; None if that is ``B``.
         bias_shape: Shape of the layer's own constant bias, if ``B`` was made from it.
         limits: Inputs of Clip behind the value; None if they are ``min`` and ``max``.
-        swapped: Add has the residual first.
+        swapped: Add has the residual first, or Mul the sigmoid.
         texts: ``doc_string`` and metadata of ``Decode`` and of the tail, a list for each; empty if there are none.
     """
 
@@ -110,7 +110,8 @@ def restore(node: NodeProto, op: FusedOp, origin: Origin) -> list[NodeProto]:
     layer.ClearField("domain")
     del layer.input[:], layer.output[:], layer.attribute[:], layer.metadata_props[:]
     bias = origin.bias if origin.bias is not None else [given["B"]] if "B" in given else []
-    layer.input.extend([given["X"], origin.weight if op.coded else given["W"], *bias])
+    weight = [origin.weight] if op.coded else [given["W"]] if "W" in given else []
+    layer.input.extend([given["X"], *weight, *bias])
     layer.attribute.extend(a for a in node.attribute if a.name not in (*own, *origin.added))
     layer.metadata_props.extend(entry for entry in node.metadata_props if entry.key != KEY)
 
@@ -121,6 +122,8 @@ def restore(node: NodeProto, op: FusedOp, origin: Origin) -> list[NodeProto]:
         inputs = [outputs[number]]
         if step == "Add":
             inputs.insert(0 if origin.swapped else 1, given["Z"])
+        elif step == "Mul":
+            inputs.insert(1 if origin.swapped else 0, outputs[0])
         elif step == "Clip":
             inputs += [given["min"], given["max"]] if origin.limits is None else origin.limits
         nodes.append(NodeProto(op_type=step, input=inputs, output=[outputs[number + 1]]))

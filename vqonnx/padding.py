@@ -1,4 +1,4 @@
-"""The attributes of a convolution as the fused ops want them: all given, and ``auto_pad`` turned into ``pads``."""
+"""Attributes of Conv and MaxPool as the fused ops want them: all given, and ``auto_pad`` turned into ``pads``."""
 
 from __future__ import annotations
 
@@ -44,6 +44,20 @@ def conv_attributes(
     if pads is None or len(pads) != 2 * axes or min(pads) < 0:
         return None
     return {"strides": strides, "pads": pads, "dilations": dilations, "group": group}
+
+
+def pool_attributes(given: Mapping[str, Any], read_input_shape: Callable[[], Shape | None]) -> dict[str, Any] | None:
+    """``kernel_shape``, ``strides`` and ``pads`` of a MaxPool; None where the fused op cannot be had.
+
+    With ``ceil_mode`` it cannot: how many outputs there are depends on the version of onnxruntime.
+    """
+    kernel = list(given.get("kernel_shape", []))
+    found = conv_attributes(given, (1, 1, *kernel), read_input_shape)
+    if found is None or min(kernel) < 1 or max(found["dilations"]) > 1 or given.get("ceil_mode"):
+        return None
+    if any(pad >= size for pad, size in zip(found["pads"], kernel * 2, strict=True)):
+        return None
+    return {"kernel_shape": kernel, "strides": found["strides"], "pads": found["pads"]}
 
 
 def _same(

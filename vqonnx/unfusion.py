@@ -27,7 +27,7 @@ def split_layers(model: ModelProto, folder: Path = Path()) -> dict[str, str]:
         folder: Where it lies, for external data.
 
     Returns:
-        Name of the op by name of the weight.
+        Name of the op by name of the weight; that of a MaxPool by name of the output.
 
     Raises:
         ModelError: A fused node lacks inputs, or lies where none is written.
@@ -51,7 +51,7 @@ def split_layers(model: ModelProto, folder: Path = Path()) -> dict[str, str]:
             continue
         origin = _origin(node, op, taken, writer)
         parts[id(node)], places[id(node)] = restore(node, op, origin), origin.places
-        names[origin.weight or node.input[1]] = op.name
+        names[origin.weight or (node.input[1] if "W" in op.inputs else node.output[0])] = op.name
         if origin.bias and origin.bias_shape is not None and origin.bias[0] not in constants:
             own = constants.get(node.input[op.inputs.index("B")])
             biases[origin.bias[0]] = _own_bias(own, origin.bias[0], origin.bias_shape, folder)
