@@ -577,7 +577,7 @@ def test_codes_that_can_be_fed_are_left_alone() -> None:
 
 @st.composite
 def graphs(draw: st.DrawFn) -> tuple[ModelProto, dict[str, Array]]:
-    """Convolutions, what may follow them, and sums of what there is; then perhaps a Gemm."""
+    """Convolutions, what may follow them, pools, and sums of what there is; then perhaps a Gemm."""
     opset = draw(st.sampled_from([7, 9, 11, 13, 17, 21]))
     channels, size = draw(st.integers(2, 5)), draw(st.integers(3, 6))
     batch = draw(st.sampled_from(["N", "2"]))
@@ -592,7 +592,7 @@ def graphs(draw: st.DrawFn) -> tuple[ModelProto, dict[str, Array]]:
 
     for number in range(draw(st.integers(2, 9))):
         source, output = draw(st.sampled_from(values)), f"v{number}"
-        kind = draw(st.sampled_from(["Conv", "Conv", "Conv", "Relu", "Add", "Clip", "Sum1"]))
+        kind = draw(st.sampled_from(["Conv", "Conv", "Conv", "Relu", "Add", "Clip", "Sum1", "Silu", "MaxPool"]))
         if kind == "Conv":
             kernel = draw(st.sampled_from([1, 3]))
             pad = draw(
@@ -609,6 +609,11 @@ def graphs(draw: st.DrawFn) -> tuple[ModelProto, dict[str, Array]]:
         elif kind == "Add":
             other = draw(st.sampled_from(values))
             lines.append(f"{output} = Add ({source}, {other})")
+        elif kind == "Silu":
+            operands = draw(st.permutations([source, f"s{number}"]))
+            lines.append(f"s{number} = Sigmoid ({source})  {output} = Mul ({', '.join(operands)})")
+        elif kind == "MaxPool":
+            lines.append(f"{output} = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> ({source})")
         elif kind == "Sum1":
             lines.append(f"{output} = Add ({source}, {constant((channels, 1, 1))})")
         else:
