@@ -50,15 +50,15 @@ def main() -> None:
 
     parts: dict[str, Callable[[], vqonnx.Result]] = {
         "`best`": lambda: made(Best()),
-        "one step for all layers, in units of their weights": one_step,
-        "codes of one length (`codes=fixed`)": lambda: made(Best(codes="fixed")),
         "aims at the weights (`asymmetric=false`)": lambda: made(Best(asymmetric=False)),
-        "one choice a row (`entropy`, `beam=1`)": lambda: made(Entropy(beam=1)),
-        "one sweep (`entropy`, `sweeps=1`)": lambda: made(Entropy(sweeps=1)),
         "biases of 32 bits (`--no-half-biases`)": lambda: made(Best(), half_biases=False),
         "graph as it was (`--no-compact`)": lambda: made(Best(), compact=False),
         "128 calibration images": lambda: made(Best(), images[:2]),
         "channels in another order (`--permute`)": lambda: made(Best(), permute=True),
+        "prefix codes (`codes=prefix`)": lambda: made(Best(codes="prefix")),
+        "prefix codes, one step for all layers, in units of their weights": one_step,
+        "prefix codes, one choice a row (`beam=1`)": lambda: made(Best(codes="prefix", beam=1)),
+        "prefix codes, one sweep (`entropy`, `sweeps=1`)": lambda: made(Entropy(sweeps=1)),
     }
     print("| changed | bytes | top-1 | drop | agreement | SNR dB |\n|---|---|---|---|---|---|")
     for name, make in parts.items():

@@ -26,7 +26,7 @@ import numpy as np
 import onnxruntime
 from common import setting
 from speed_models import NETWORKS, conv_ways, gemm_ways, network_ways
-from speed_timing import Way, open_way, time_in_turn, time_loading, use_threads
+from speed_timing import Way, open_way, pin_threads, time_in_turn, time_loading, use_threads
 
 from vqonnx.bench import measure_memory
 from vqonnx.generate import generate_feeds
@@ -206,6 +206,8 @@ def measure(case: Case, work: Path, rounds: int) -> dict[str, Any]:
         timing = time_loading(ways, case.threads, rounds)
         return result | {"microseconds": timing.microseconds, "ratios": timing.ratios}
     sessions = {name: open_way(way, case.threads) for name, way in ways.items()}
+    if case.threads > 1:
+        pin_threads()
     timing = time_in_turn(
         sessions, {name: way.layers for name, way in ways.items()}, _feed, threads=case.threads, rounds=rounds
     )

@@ -16,8 +16,9 @@ using std::size_t;
 
 // Outputs whose sums stay near (in floats): those of a band of the image.
 constexpr size_t kBandFloats = 131072;
-// Bands of an image, where there are rows for as many, and images of a batch beyond which one each will do.
-constexpr size_t kUsualBands = 4, kManyImages = 8;
+// Rows of a band where there are enough for more than two bands: where bands meet, some outputs are added up twice.
+// Images of a batch beyond which one band each will do.
+constexpr size_t kBandRows = 16, kMostBands = 4, kManyImages = 8;
 
 }  // namespace
 
@@ -171,7 +172,8 @@ bool Conv::RunLookup(const Call& call, std::span<const std::int64_t> shape, cons
   const size_t padded = lookup.padded_outputs(), outputs = weight_.outputs();
   const size_t row_floats = grid.out_cols * padded;
   const Bands bands(window_, image_rows, grid.out_rows,
-                    std::max(images < kManyImages ? kUsualBands : 1, Ceil(grid.out_rows * row_floats, kBandFloats)));
+                    std::max(images < kManyImages ? std::clamp<size_t>(image_rows / kBandRows, 2, kMostBands) : 1,
+                             Ceil(grid.out_rows * row_floats, kBandFloats)));
   size_t most_rows = 0, meeting_rows = 0;
   for (size_t band = 0; band < bands.count(); ++band) {
     most_rows = std::max(most_rows, bands.OutEnd(band) - bands.OutBegin(band));

@@ -23,8 +23,9 @@ from vqonnx.graph import find
 from vqonnx.method import Layer
 from vqonnx.methods import PQ, Refined
 from vqonnx.modelfile import load, save
-from vqonnx.permute import Group, apply, best_permutations, find_groups, prove
+from vqonnx.permute import Blocks, Group, apply, best_permutations, find_groups, prove
 from vqonnx.permute.swaps import Consumer, _State, search
+from vqonnx.permute.use import blocks_of_plan
 from vqonnx.place import Target
 from vqonnx.record import read_record
 from vqonnx.runtime import open_session, run
@@ -225,8 +226,15 @@ def test_methods_without_blocks_are_refused(source: Path) -> None:
         with pytest.raises(OptionError, match=f"method '{method.id}' has no blocks of inputs") as caught:
             vqonnx.compress(source, method, permute=True)
         assert "\n" not in str(caught.value)
+    with pytest.raises(OptionError, match=r"method 'best' has no blocks .* best with codes of one length"):
+        vqonnx.compress(source, vqonnx.Best(codes="prefix"), calibration=feeds(), permute=True)
     with pytest.raises(OptionError, match="exclude each other"):
         vqonnx.compress(source, vqonnx.PQ(), permute=True, tune=lambda site, view, form: form)
+
+
+def test_best_has_blocks_of_its_own_choice(source: Path) -> None:
+    blocks = blocks_of_plan([(site, vqonnx.Best()) for site in find(load(source), source.parent).sites])
+    assert set(blocks.values()) == {Blocks(4, 6, "ihw")}
 
 
 def test_a_change_of_the_outputs_is_an_error(source: Path) -> None:

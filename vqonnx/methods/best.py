@@ -59,6 +59,11 @@ class Best(Budgeted):
     def pairs(self) -> bool:
         return True
 
+    @property
+    def width(self) -> int | None:
+        """Weights of one code; None where each layer has its own."""
+        return 1 if self.codes == "prefix" else None
+
     def __post_init__(self) -> None:
         if not 0 < self.bits <= _MOST_BITS:
             raise OptionError(f"method '{self.id}': bits is {self.bits:g}; choose more than 0, and up to {_MOST_BITS}")

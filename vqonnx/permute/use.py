@@ -73,12 +73,14 @@ def blocks_of_plan(plan: Sequence[tuple[Site, Method]]) -> dict[str, Blocks]:
     for site, method in plan:
         if not hasattr(method, "width") or method.view_order != method.order or site.scope.path:
             continue
-        width, bits = method.width or _WIDTH, getattr(method, "bits", _BITS)
+        bits = getattr(method, "bits", _BITS)
+        width, bits = method.width or _WIDTH, bits if isinstance(bits, int) else _BITS  # not an average over the layers
         if width > 1:
             blocks[site.name] = Blocks(int(width), int(bits), method.order)
     if plan and not blocks:
         raise OptionError(
-            f"permute: method '{plan[0][1].id}' has no blocks of inputs; choose one with a width, as best"
+            f"permute: method '{plan[0][1].id}' has no blocks of inputs; choose one with a width, such as pq, or best "
+            "with codes of one length"
         )
     return blocks
 
