@@ -115,6 +115,7 @@ void CheckConv(const Kernels& kernels, unsigned seed) {
     node.strides.push_back(static_cast<std::int64_t>(Pick(random, 1, 3)));
     node.dilations.push_back(static_cast<std::int64_t>(Pick(random, 1, 2)));
     image[axis] = Pick(random, 0, 9) ? Pick(random, 5, 12) : Pick(random, 5, 40);
+    if (axis == 0 && Pick(random, 0, 9) == 0) image[axis] = Pick(random, 48, 80);  // enough for several bands
   }
   for (size_t i = 0; i < 4; ++i) node.pads.push_back(static_cast<std::int64_t>(Pick(random, 0, 2)));
   for (size_t axis = 0; axis < 2; ++axis) {
@@ -132,7 +133,8 @@ void CheckConv(const Kernels& kernels, unsigned seed) {
   node.perm = order < 2 ? Dims{0, 3, 1, 2} : order == 2 ? Dims{0, 1, 2, 3} : Dims{1, 0, 2, 3};
   node.group = static_cast<std::int64_t>(groups);
   const std::vector<float> dense = Dense(node.sample);
-  const size_t images = Pick(random, 1, 2), all_channels = groups * channels, out_plane = out_size[0] * out_size[1];
+  const size_t images = Pick(random, 0, 9) ? Pick(random, 1, 2) : 8;  // many have one band each
+  const size_t all_channels = groups * channels, out_plane = out_size[0] * out_size[1];
   std::vector<float> x(images * all_channels * image[0] * image[1]), bias(outputs),
       addend(images * outputs * out_plane);
   for (std::vector<float>* values : {&x, &bias, &addend}) {
