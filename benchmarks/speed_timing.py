@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 
@@ -50,17 +51,17 @@ def use_threads(threads: int) -> None:
 
 
 def pin_threads() -> None:
-    """Give each thread of this process a processor of its own, as onnxruntime does with its pools by default.
+    """Keep this thread on one processor and all others of the process on the rest, where the system can.
 
-    A shared pool has no such setting, and a thread that the scheduler wakes on the processor of the one that waits for
-    it costs both their turns. Call once all sessions are open; does nothing where threads cannot be pinned.
+    onnxruntime does so with its own pools; one that sessions share has no such setting. Call once all are open.
     """
     if not hasattr(os, "sched_setaffinity"):
         return
-    processors = sorted(os.sched_getaffinity(0))
+    first, *rest = sorted(os.sched_getaffinity(0))
     others = sorted(int(task.name) for task in Path("/proc/self/task").iterdir() if int(task.name) != os.getpid())
-    for number, thread in enumerate([os.getpid(), *others]):
-        os.sched_setaffinity(thread, {processors[min(number, 1 + (number - 1) % max(len(processors) - 1, 1))]})
+    os.sched_setaffinity(0, {first})
+    for thread, processor in zip(others, cycle(rest or [first])):
+        os.sched_setaffinity(thread, {processor})
 
 
 def open_way(way: Way, threads: int) -> onnxruntime.InferenceSession:

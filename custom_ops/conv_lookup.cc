@@ -179,14 +179,14 @@ bool Conv::RunLookup(const Call& call, std::span<const std::int64_t> shape, cons
     most_rows = std::max(most_rows, bands.OutEnd(band) - bands.OutBegin(band));
     if (band > 0) meeting_rows = std::max(meeting_rows, bands.OutEnd(band - 1) - bands.OutBegin(band));
   }
-  const size_t beyond = 8 * padded;  // finish_across may read some more
-  const size_t sums_floats = most_rows * row_floats + beyond, meeting_floats = meeting_rows * row_floats;
+  const size_t sums_floats = most_rows * row_floats + 8 * padded;  // finish_across may read some rows more
+  const size_t meeting_floats = meeting_rows * row_floats;
   const size_t values = image_cols * lookup.chunk_values();
 
   // Where two bands meet: what each of them adds, and how many have come. The second one adds both up.
   const size_t meetings = images * (bands.count() - 1);
-  Scratch shared(Use::kRun, Scratch::Room<float>(2 * meetings * meeting_floats + beyond));
-  auto* parts = shared.Take<float>(2 * meetings * meeting_floats + beyond);
+  Scratch shared(Use::kRun, Scratch::Room<float>(2 * meetings * meeting_floats));
+  auto* parts = shared.Take<float>(2 * meetings * meeting_floats);
   std::vector<std::atomic<int>> arrived(meetings);
   std::atomic<float> most = 0.0F;
 

@@ -233,8 +233,9 @@ def test_methods_without_blocks_are_refused(source: Path) -> None:
 
 
 def test_best_has_blocks_of_its_own_choice(source: Path) -> None:
-    blocks = blocks_of_plan([(site, vqonnx.Best()) for site in find(load(source), source.parent).sites])
-    assert set(blocks.values()) == {Blocks(4, 6, "ihw")}
+    for method in (vqonnx.Best(), vqonnx.Best(bits=3)):  # bits are an average over the layers
+        blocks = blocks_of_plan([(site, method) for site in find(load(source), source.parent).sites])
+        assert set(blocks.values()) == {Blocks(4, 6, "ihw")}
 
 
 def test_a_change_of_the_outputs_is_an_error(source: Path) -> None:

@@ -15,7 +15,7 @@ from vqonnx import modelfile
 from vqonnx.calibrate import Walk
 from vqonnx.errors import OptionError, VerifyError
 from vqonnx.graph import Site
-from vqonnx.method import Method
+from vqonnx.method import Budgeted, Method
 from vqonnx.moments import Moments, snr_db
 from vqonnx.permute.apply import apply
 from vqonnx.permute.groups import find_groups
@@ -73,8 +73,8 @@ def blocks_of_plan(plan: Sequence[tuple[Site, Method]]) -> dict[str, Blocks]:
     for site, method in plan:
         if not hasattr(method, "width") or method.view_order != method.order or site.scope.path:
             continue
-        bits = getattr(method, "bits", _BITS)
-        width, bits = method.width or _WIDTH, bits if isinstance(bits, int) else _BITS  # not an average over the layers
+        width = method.width or _WIDTH
+        bits = _BITS if isinstance(method, Budgeted) else getattr(method, "bits", _BITS)  # theirs are an average
         if width > 1:
             blocks[site.name] = Blocks(int(width), int(bits), method.order)
     if plan and not blocks:
