@@ -14,9 +14,11 @@ from vqonnx.form import Coded
 
 DEEPEST = 8  # bits
 
-# Steps that are tried: powers of 2^(1/4) from this exponent below the row's root mean square times 2^(1 - bits).
+# Steps that are tried: powers of 2^(1/4) from this exponent below the row's root mean square times 2^(1 - bits), and
+# then those beside the best, ever nearer: the farthest value of a row may be clipped by one step and not by the next.
 _CANDIDATES = 16
 _FIRST = -2
+_NEARER = (1 / 8, 1 / 16, 1 / 32)
 # Below this root mean square the steps of 8 bits would be too coarse in float16, and above the other they overflow.
 _SMALLEST, _LARGEST = 2.0**-8, 2.0**11
 
@@ -44,12 +46,20 @@ def search_steps(rows: Array, bits: int, weights: Array) -> NDArray[Any]:
     kind = np.float16 if _SMALLEST <= sizes.max(initial=0) <= _LARGEST else np.float32
     best = np.full(len(rows), np.inf)
     steps = np.ones(len(rows), kind)
-    for candidate in range(_CANDIDATES):
-        tried = (sizes * 2.0 ** ((candidate + _FIRST) / 4 + 1 - bits)).astype(kind)
+
+    def attempt(wide: Array) -> None:
+        tried = wide.astype(kind)
         usable = tried > 0  # not a row of zeros, nor one whose step is lost in float16
         errors = np.sum((rows - dequantise(rows, tried, bits)) ** 2 * weights, axis=1)
         better = usable & (errors < best)
         best[better], steps[better] = errors[better], tried[better]
+
+    for candidate in range(_CANDIDATES):
+        attempt(sizes * 2.0 ** ((candidate + _FIRST) / 4 + 1 - bits))
+    for exponent in _NEARER:
+        middle = steps.astype(np.float64)
+        for beside in (2.0**-exponent, 2.0**exponent):
+            attempt(middle * beside)
     return steps
 
 
