@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import torch
 from common import Feed, cifar_feeds, cifar_labels, data_dir, setting
 from PIL import Image
@@ -83,8 +84,9 @@ def main() -> None:
     parser.add_argument("--l2", type=float, help="default 1e-4; with --start model the authors' coefficient")
     parser.add_argument("--l1", type=float, default=1e-6)
     parser.add_argument("--teacher", type=float, default=0.0)
+    parser.add_argument("--taught-by", choices=("resnet20", "resnet56"), help="the network that teaches, if another")
     parser.add_argument("--start", choices=("model", "codes"), default="codes")
-    parser.add_argument("--mixup", action="store_true", help="mix pairs of images; only with --teacher 1")
+    parser.add_argument("--mixup", action="store_true", help="mix pairs of images until the last drop of the rate")
     parser.add_argument("--work", type=Path, default=Path("build/dqc"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--trained-on", metavar="TEXT", help="where the state comes from, for the table")
@@ -113,8 +115,9 @@ def run_cell(chosen: argparse.Namespace, bits: int, zero: bool, penalty: str) ->
         held, held_labels = images[-5000:], labels[-5000:]
         images, labels = images[:-5000], labels[:-5000]
     steps = max(2, round(chosen.epochs * len(images) / _BATCH))
+    drops = int(0.6 * steps), int(0.85 * steps)
     recipe = Recipe(
-        Schedule(steps, chosen.rate, drops=(int(0.6 * steps), int(0.85 * steps))),
+        Schedule(steps, chosen.rate, drops=drops),
         rule=chosen.rule,
         l1=chosen.l1 if penalty == "l1" else 0.0,
         l2=_l2(chosen, bits, zero) if penalty == "l2" else 0.0,
@@ -129,10 +132,11 @@ def run_cell(chosen: argparse.Namespace, bits: int, zero: bool, penalty: str) ->
         print(f"{name}: step {step} of {total}, {text}, {time.monotonic() - start:.0f} s", flush=True)
 
     batches = mnist_batches(images, labels) if network == "lenet5" else cifar_batches(images, labels)
+    teacher = data_dir() / "models" / f"{chosen.taught_by}_bn.onnx" if chosen.taught_by else model
     if chosen.mixup:
         if chosen.teacher != 1:
             raise SystemExit("--mixup mixes images and not labels: it needs --teacher 1")
-        batches = mixed(batches)
+        batches = mixed(batches, until=drops[-1])
     start_model = model
     if chosen.start == "codes":
         start_model = coded_after_training(network, model, method, images[:1024], chosen.work)
@@ -142,6 +146,7 @@ def run_cell(chosen: argparse.Namespace, bits: int, zero: bool, penalty: str) ->
         method,
         recipe,
         original=model,
+        teacher=teacher if chosen.taught_by else None,
         checkpoint=checkpoint,
         data_name=f"{len(images)}{' mixed' if chosen.mixup else ''}",
         device=chosen.device,
@@ -154,7 +159,8 @@ def run_cell(chosen: argparse.Namespace, bits: int, zero: bool, penalty: str) ->
         found = vqonnx.compare(model, saved.path, _feeds(network, held), labels=held_labels)
         print(
             f"{name}: held-out {100 * found.top1_before:.2f} -> {100 * found.top1_after:.2f} %, "
-            f"agreement {100 * found.top1_agreement:.2f} %, SNR {found.snr_db:.2f} dB"
+            f"agreement {100 * found.top1_agreement:.2f} %, SNR {found.snr_db:.2f} dB, "
+            f"divergence from the teacher on mixed images {mixed_divergence(teacher, saved.path, held):.4f}"
         )
         return
     if network == "lenet5":
@@ -182,6 +188,7 @@ def run_cell(chosen: argparse.Namespace, bits: int, zero: bool, penalty: str) ->
         "bytes_before": trained.result.bytes_before,
         "epochs": chosen.epochs,
         "mixup": chosen.mixup,
+        "taught_by": chosen.taught_by,
         "recipe": asdict(recipe),
         "diverged": trained.history.diverged,
         "losses": [(step, round(loss, 4)) for step, loss in trained.history.losses],
@@ -194,7 +201,8 @@ def run_cell(chosen: argparse.Namespace, bits: int, zero: bool, penalty: str) ->
 
 
 def _name(network: str, bits: int, zero: bool, penalty: str, chosen: argparse.Namespace) -> str:
-    marks = {"_teacher": chosen.teacher, "_codes": chosen.start == "codes", "_mixup": chosen.mixup}
+    teacher = f"_{chosen.taught_by or 'teacher'}"
+    marks = {teacher: chosen.teacher, "_codes": chosen.start == "codes", "_mixup": chosen.mixup}
     more = "".join(mark for mark, there in marks.items() if there)
     return f"{network}_{bits}bit_{'zero' if zero else 'nozero'}_{penalty}{more}"
 
@@ -242,16 +250,37 @@ def cifar_batches(images: np.ndarray, labels: np.ndarray) -> Batches:
     return batch
 
 
-def mixed(batches: Batches) -> Batches:
-    """Each image blended with the one before it, by a share of its own: inputs on which the teacher is less certain."""
+def mixed(batches: Batches, until: int) -> Batches:
+    """Each image blended with the one before it, by a share of its own: inputs on which the teacher is less certain.
+
+    From the step ``until`` on images are as they are, so that the statistics of BatchNormalization fit them in the end.
+    """
 
     def batch(step: int) -> tuple[Mapping[str, Any], np.ndarray]:
         feeds, labels = batches(step)
+        if step >= until:
+            return feeds, labels
         (name, images), *_ = feeds.items()
         shares = np.random.default_rng([2, step]).random((len(images), 1, 1, 1), np.float32)
         return {name: shares * images + (1 - shares) * np.roll(images, 1, axis=0)}, labels
 
     return batch
+
+
+def mixed_divergence(teacher: Path, small: Path, images: np.ndarray) -> float:
+    """How far from the teacher's classes on blends of images that training has not seen, in nats.
+
+    The float networks have seen the images themselves in their own training, but not these.
+    """
+    batches = mixed(lambda step: (_feeds("resnet", images[100 * step :][:100])[0], np.zeros(100)), len(images))
+    feeds = [batches(step)[0] for step in range(len(images) // 100)]
+    outputs = []
+    for path in (teacher, small):
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        logits = np.concatenate([session.run(None, dict(feed))[0] for feed in feeds])
+        outputs.append(torch.log_softmax(torch.from_numpy(logits), 1))
+    wanted, found = outputs
+    return float(torch.nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True))
 
 
 def mnist_batches(images: np.ndarray, labels: np.ndarray) -> Batches:
@@ -315,6 +344,7 @@ def print_tables() -> None:
                 stopped = "" if e["diverged"] is None else f" (stopped at step {e['diverged']})"
                 untrained = e["untrained"]
                 start = f"{e['start']}{', mixed images' if e.get('mixup') else ''}"
+                start += f", taught by {e['taught_by']}" if e.get("taught_by") else ""
                 print(
                     f"{row}| {e['trained']:.2f}{stopped} | {e['recipe']['teacher']:g} | {e['fp32']:.2f} "
                     f"| {untrained['nearest']:.2f} | {untrained.get('codes', '')} | {start} | {e['epochs']:g} "

@@ -92,6 +92,45 @@ def test_training_makes_a_model_that_is_better_than_the_untrained_codes(tmp_path
         assert layer.weight_snr_db is None  # the trained weights are the codes, without an error
 
 
+def turned(path: Path, cut: int = 10) -> Path:
+    """The network of the digits with its classes one further, or fewer of them."""
+    model = onnx.load(CONV)
+    last = next(node for node in reversed(model.graph.node) if node.op_type == "Gemm")
+    for tensor in model.graph.initializer:
+        if tensor.name in last.input[1:]:
+            values = numpy_helper.to_array(tensor)
+            axis = 0 if tensor.name == last.input[2] or any(a.name == "transB" and a.i for a in last.attribute) else 1
+            moved = np.roll(values, 1, axis=axis).take(range(cut), axis=axis)
+            tensor.CopyFrom(numpy_helper.from_array(moved, tensor.name))
+    model.graph.output[0].type.tensor_type.shape.dim[1].Clear()
+    return write(model, path)
+
+
+def test_another_model_may_teach(tmp_path: Path) -> None:
+    """One whose classes are others: what is trained follows it and not the original."""
+    teacher = turned(tmp_path / "teacher.onnx")
+    recipe = Recipe(Schedule(steps=120, rate=0.005, drops=(80,)), teacher=1.0)
+    trained = train_dqc(CONV, digits(), DQC(bits=5, fit="paper"), recipe, teacher=teacher)
+    saved = trained.result.save(tmp_path / "small.onnx", verify=False)
+    with np.load(TEST) as test:
+        feeds = [{"image": test["image"]}]
+    untrained = vqonnx.compare(teacher, CONV, feeds).top1_agreement
+    assert untrained is not None
+    assert untrained < 0.05
+    followed = vqonnx.compare(teacher, saved.path, feeds).top1_agreement
+    assert followed is not None
+    assert followed > 0.8
+    assert trained.result.source == CONV
+
+
+def test_a_teacher_that_cannot_teach_is_refused(tmp_path: Path) -> None:
+    teacher = turned(tmp_path / "teacher.onnx", cut=7)
+    with pytest.raises(OptionError, match="share of 0 of the loss; set teacher above 0"):
+        train_dqc(CONV, digits(), teacher=teacher)
+    with pytest.raises(ModelError, match=r"outputs of \[32, 10\] and \[32, 7\]; choose one of the same classes"):
+        train_dqc(CONV, digits(), recipe=Recipe(teacher=0.5), teacher=teacher)
+
+
 def test_the_same_run_gives_the_same_bytes_also_when_it_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     method, recipe = DQC(bits=4, fit="paper"), Recipe(Schedule(steps=4, rate=0.01))
     torch.set_num_threads(1)
@@ -230,6 +269,7 @@ def test_a_run_that_diverges_is_exit_code_1(
         (("--bits", "6"), "bits='6' is not one of 3, 4, 5"),
         (("--rule", "no"), "rule 'no' is unknown; choose one of magnitude, identity"),
         (("--teacher", "2"), "teacher is 2; choose 0 to 1"),
+        (("--taught-by", "large.onnx"), "large.onnx teaches with a share of 0 of the loss; set teacher above 0"),
         (("--rate", "0"), "rate is 0; choose a number above 0"),
         (("--batch", "0"), "batch is 0; choose 1 or more"),
     ],

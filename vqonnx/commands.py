@@ -221,6 +221,7 @@ def run_train_dqc(options: argparse.Namespace) -> int:
             method,
             Recipe(Schedule(steps, options.rate, drops), options.rule, options.l1, options.l2, options.teacher),
             original=options.original,
+            teacher=options.taught_by,
             checkpoint=None if options.checkpoint is None else Path(options.checkpoint),
             data_name=f"{Path(options.data).name} {Path(options.labels).name}",
             device=options.device,

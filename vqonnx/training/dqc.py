@@ -45,9 +45,9 @@ class Recipe:
         rule: Gradient of a weight: ``magnitude`` (the authors') or ``identity``.
         l1: Times the sum of the absolute values of the quantised weights, added to the loss.
         l2: Times half the sum of the squares of the quantised weights and the BatchNormalization scales.
-        teacher: Share (0 to 1) of the loss that is the divergence from the original model's outputs,
-            ``KL(softmax(original) || softmax(trained))``, in the place of the cross-entropy with the labels. Not in the
-            paper; with few images it keeps what the original has learned from more.
+        teacher: Share (0 to 1) of the loss that is the divergence from the outputs of the model that teaches,
+            ``KL(softmax(teacher) || softmax(trained))``, in the place of the cross-entropy with the labels. Not in the
+            paper; with few images it keeps what the teacher has learned from more.
     """
 
     schedule: Schedule = field(default_factory=lambda: Schedule(steps=1000, rate=0.01, drops=(600, 850)))
@@ -86,6 +86,7 @@ def train_dqc(
     recipe: Recipe | None = None,
     *,
     original: str | Path | None = None,
+    teacher: str | Path | None = None,
     checkpoint: Path | None = None,
     data_name: str = "",
     target: Target = "hybrid",
@@ -103,8 +104,10 @@ def train_dqc(
         method: Bits and zero; its ``fit`` must be ``paper`` (the codebook that the training uses) and its ``scale``
             ``none``. By default 4 bits with zero.
         recipe: Schedule, gradient rule and penalties.
-        original: The model that teaches and that the result is compared with, where ``model`` is one that was coded
-            after training and expanded again: starting from such weights shortens the schedule. By default ``model``.
+        original: The model that the result is compared with, where ``model`` is one that was coded after training and
+            expanded again: starting from such weights shortens the schedule. By default ``model``.
+        teacher: The model that teaches, where the recipe has one; by default ``original``. Another one, larger or more
+            accurate, must have the same inputs and classes.
         checkpoint: File in which the state is kept, and from which a run goes on.
         data_name: Tells checkpoints of different data apart.
         target: As in `compress`.
@@ -112,7 +115,8 @@ def train_dqc(
         progress: Called with (steps done, steps in all, "loss ...").
 
     Raises:
-        ModelError: An operator cannot be trained, or the model has no weights to train or several outputs.
+        ModelError: An operator cannot be trained, the model has no weights to train or several outputs, or the outputs
+            of the teacher are of another shape.
         OptionError: The method or recipe cannot be trained, the checkpoint belongs to another run, or PyTorch does not
             have the device.
     """
@@ -124,6 +128,8 @@ def train_dqc(
             f"trained dqc uses the codebook of the paper; fit is {method.fit} (choose paper), scale is {method.scale} "
             "(choose none)"
         )
+    if teacher is not None and not recipe.teacher:
+        raise OptionError(f"{teacher} teaches with a share of 0 of the loss; set teacher above 0, such as 1")
     path = Path(model)
     proto = modelfile.load(path)
     sites = [site for site in find(proto, path.parent).sites if not site.scope.path]
@@ -134,7 +140,7 @@ def train_dqc(
     weights = {site.name: torch.from_numpy(site.read().copy()).to(device).requires_grad_() for site in sites}
     known = TorchGraph(proto, folder=path.parent).values
     source = path if original is None else Path(original)
-    teacher = TorchGraph(source).to(device) if recipe.teacher else None
+    taught_by = TorchGraph(source if teacher is None else teacher).to(device) if recipe.teacher else None
     names = [name for name in (*bias_names(proto), *batch_norm_names(proto)) if name not in weights]
     rest = {name: known[name].clone().to(device).requires_grad_() for name in names}
     graph = TorchGraph(proto, supplied=[*weights, *rest], folder=path.parent).to(device)
@@ -148,9 +154,12 @@ def train_dqc(
         right = torch.from_numpy(np.asarray(labels, np.int64)).to(device)
         (logits,) = graph.run(inputs, {**coded, **rest}, batch_statistics=True).values()
         value = (1 - recipe.teacher) * F.cross_entropy(logits, right)
-        if teacher is not None:
+        if taught_by is not None:
             with torch.no_grad():
-                (wanted,) = teacher.run(inputs).values()
+                (wanted,) = taught_by.run(inputs).values()
+            if wanted.shape != logits.shape:
+                shapes = f"{list(logits.shape)} and {list(wanted.shape)}"
+                raise ModelError(f"{path} and its teacher give outputs of {shapes}; choose one of the same classes")
             value = value + recipe.teacher * F.kl_div(
                 F.log_softmax(logits, 1), F.log_softmax(wanted, 1), reduction="batchmean", log_target=True
             )
@@ -162,6 +171,8 @@ def train_dqc(
         return value
 
     settings = {"method": method.options, "recipe": dataclasses.asdict(recipe), "model": path.name, "data": data_name}
+    if teacher is not None:
+        settings["teacher"] = Path(teacher).name
     history = train(
         loss,
         {**weights, **rest},
