@@ -3,6 +3,7 @@
 #include <array>
 #include <cstring>
 
+#include "border.h"
 #include "linear.h"
 #include "scratch.h"
 #include "split.h"
@@ -15,6 +16,9 @@ using std::size_t;
 // Positions that share a decoded piece of the weight: enough to make the decoding cheap, few enough for their sums to
 // stay near. All outputs of a block come one after the other, so that its part of the image stays near as well.
 constexpr size_t kBlockPositions = 1024, kLeastPositions = 128;
+
+// Columns of the weight that are decoded together.
+size_t PieceOf(const Weight& weight) { return kTileDepth / weight.step() * weight.step(); }
 
 }  // namespace
 
@@ -45,29 +49,33 @@ struct Conv::Image {
   const Grid& grid;
   const float* planes;  // [groups * channels][plane]
   const std::int32_t* at;
+  const Border& border;
   Weight::Source weight;
   size_t index;
 };
 
-// Where each column of the weight finds its values in the planes of its group.
-void Conv::Columns(const Grid& grid, std::int32_t* at) const {
+// Where each column of the weight finds its values in the planes of its group, and its row of the kernel.
+void Conv::Columns(const Grid& grid, std::int32_t* at, std::int32_t* kernel_rows) const {
   struct Axis {
-    size_t size, channel, tap;
+    size_t size, channel, tap, row;
   };
-  std::array<Axis, 3> axes = {{{1, 0, 0}, {1, 0, 0}, {1, 0, 0}}};
+  std::array<Axis, 3> axes = {{{1, 0, 0, 0}, {1, 0, 0, 0}, {1, 0, 0, 0}}};
   const std::vector<std::int64_t>& shape = weight_.shape();
   for (size_t i = 0; i < weight_.column_axes().size(); ++i) {
     const size_t axis = weight_.column_axes()[i];
     const size_t tap = axis == 1 ? 0 : axis + 1 == shape.size() ? 1 : window_.kernel[1];
-    axes[i] = {static_cast<size_t>(shape[axis]), axis == 1 ? size_t{1} : 0, tap};
+    const size_t row = axis == 2 && shape.size() == 4 ? 1 : 0;
+    axes[i] = {static_cast<size_t>(shape[axis]), axis == 1 ? size_t{1} : 0, tap, row};
   }
   for (size_t a = 0; a < axes[0].size; ++a) {
     for (size_t b = 0; b < axes[1].size; ++b) {
       const size_t channel = a * axes[0].channel + b * axes[1].channel;
       const size_t tap = a * axes[0].tap + b * axes[1].tap;
+      const size_t row = a * axes[0].row + b * axes[1].row;
       for (size_t c = 0; c < axes[2].size; ++c) {
         *at++ =
             static_cast<std::int32_t>((channel + c * axes[2].channel) * grid.plane + grid.taps[tap + c * axes[2].tap]);
+        *kernel_rows++ = static_cast<std::int32_t>(row + c * axes[2].row);
       }
     }
   }
@@ -91,13 +99,18 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
   const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
   const bool direct = grid.direct() && (!positions || span >= kernels_->tile_lanes);
   const size_t laid = direct ? 0 : channels * grid.plane + kernels_->tile_lanes;
+  // Where rows of outputs follow each other like their values, a tile is of several of them.
+  const bool by_row = !positions && grid.cols != grid.out_cols;
+  Border border(grid, by_row ? weight_.depth() : 0, PieceOf(weight_), kernels_->tile_lanes);
   Scratch scratch(Use::kRun, Scratch::Room<float>(weight_.dense_size()) + Scratch::Room<float>(laid) +
-                                 Scratch::Room<std::int32_t>(weight_.depth()));
+                                 2 * Scratch::Room<std::int32_t>(weight_.depth()) + border.room());
   auto* dense = scratch.Take<float>(weight_.dense_size());
   auto* planes = scratch.Take<float>(laid);
   auto* at = scratch.Take<std::int32_t>(weight_.depth());
   if (images > 0 && weight_.dense_size() > 0) weight_.Expand(call.codes, tasks, dense);
-  Columns(grid, at);
+  auto* kernel_rows = scratch.Take<std::int32_t>(weight_.depth());
+  Columns(grid, at, kernel_rows);
+  if (by_row) border.Fill(at, kernel_rows, scratch);
   for (size_t n = 0; n < images; ++n) {
     const float* x = call.x + n * channels * image_rows * image_cols;
     if (!direct) {
@@ -109,7 +122,7 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
         }
       });
     }
-    const Image image = {grid, direct ? x : planes, at, {call.codes, dense}, n};
+    const Image image = {grid, direct ? x : planes, at, border, {call.codes, dense}, n};
     if (positions) {
       RunPositions(call, image, tasks);
     } else {
@@ -128,13 +141,15 @@ bool Conv::PrefersPositions(const Grid& grid) const {
   };
   const auto depth = static_cast<double>(weight_.depth());
   const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
-  const size_t lines = grid.cols == grid.out_cols ? 1 : grid.out_rows;
-  const size_t line = grid.cols == grid.out_cols ? span : grid.out_cols;
+  const bool whole = grid.cols == grid.out_cols;
+  const size_t lines = whole ? 1 : grid.out_rows;
+  const size_t line = whole ? span : grid.out_cols;
+  const double needed = depth * (whole ? 1.0 : Border::Share(grid));
   // The last terms: turning the sums around, and decoding for vectors.
   const double turn = 2.0 * static_cast<double>(lanes * 8) / 32;
   const double windows =
       static_cast<double>(Ceil(outputs, lanes)) *
-      (static_cast<double>(lines) * (steps(line) * depth + turn * static_cast<double>(Ceil(line, count)) * 8) +
+      (static_cast<double>(lines) * (steps(line) * needed + turn * static_cast<double>(Ceil(line, count)) * 8) +
        static_cast<double>(lanes) * 0.3 * depth);
   const double vectors = static_cast<double>(Ceil(span, lanes));
   const double positions = vectors * (steps(outputs) * depth + 2 * static_cast<double>(outputs));
@@ -154,7 +169,7 @@ void Conv::RunWindows(const Call& call, const Image& image, const Tasks& tasks) 
   const size_t blocks = PartsOf(lines * line, kBlockPositions, kLeastPositions, groups_ * panels);
   const size_t most_tiles = Ceil(lines * line_tiles, blocks);
   const size_t depth = weight_.depth();
-  const size_t piece = kTileDepth / weight_.step() * weight_.step();
+  const size_t piece = PieceOf(weight_);
   const size_t out_plane = grid.out_rows * grid.out_cols;
 
   tasks.Each(groups_ * panels * blocks, [&](size_t task) {
@@ -182,13 +197,16 @@ void Conv::RunWindows(const Call& call, const Image& image, const Tasks& tasks) 
         const size_t row = (tiles.begin + t) / line_tiles;
         const Part columns = PartOf(line, line_tiles, (tiles.begin + t) % line_tiles);
         float* its_sums = sums + (at_once ? 0 : t * tile_floats);
+        const Border::Columns needed =
+            whole ? Border::Columns{nullptr, image.at + col, cols} : image.border.Of(row, col);
         kernels_->tile_windows({.vectors = vectors,
                                 .scalars = planes + row * grid.cols + columns.begin,
-                                .at = image.at + col,
-                                .depth = cols,
+                                .at = needed.at,
+                                .depth = needed.count,
                                 .count = columns.size,
                                 .sums = its_sums,
-                                .add = col > 0});
+                                .add = col > 0,
+                                .from = needed.from});
         if (col + cols < depth) continue;
         const size_t place = out + row * grid.out_cols + columns.begin;
         kernels_->finish_across({.sums = its_sums,
@@ -219,7 +237,7 @@ void Conv::RunPositions(const Call& call, const Image& image, const Tasks& tasks
   const size_t blocks = PartsOf(tiles * lanes, kBlockPositions, kLeastPositions, groups_ * strips);
   const size_t most_tiles = Ceil(tiles, blocks);
   const size_t depth = weight_.depth();
-  const size_t piece = kTileDepth / weight_.step() * weight_.step();
+  const size_t piece = PieceOf(weight_);
   const size_t out_plane = grid.out_rows * grid.out_cols;
 
   tasks.Each(groups_ * strips * blocks, [&](size_t task) {

@@ -69,6 +69,8 @@ struct Tile {
   std::size_t count;  // 1 to Kernels::tile_count
   float* sums;        // [count][tile_lanes]
   bool add;           // to what `sums` holds
+  // Of each column, where its vectors are; null: one after the other. Only for tile_windows.
+  const std::int32_t* from = nullptr;
   // What follows the product; null: nothing, sums[i] are the sums. Only for tile_positions, without scales and silu,
   // and with at most tile_lanes lanes: then `sums` is not written, and finish->sums not read.
   const Finish* finish = nullptr;

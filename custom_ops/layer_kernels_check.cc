@@ -43,15 +43,20 @@ void CheckTiles(const Kernels& kernels, unsigned seed) {
     const char* name;
     void (*multiply)(const Tile&);
     size_t lanes, most;
-    bool windows;
+    bool windows, chosen;
   };
-  const Form forms[] = {{"tile_windows", kernels.tile_windows, kernels.tile_lanes, kernels.tile_count, true},
-                        {"tile_positions", kernels.tile_positions, kernels.tile_lanes, kernels.tile_count, false}};
+  const size_t lanes = kernels.tile_lanes, most = kernels.tile_count;
+  const Form forms[] = {{"tile_windows", kernels.tile_windows, lanes, most, true, false},
+                        {"tile_windows of chosen columns", kernels.tile_windows, lanes, most, true, true},
+                        {"tile_positions", kernels.tile_positions, lanes, most, false, false}};
   for (const Form& form : forms) {
     const size_t depth = Pick(random, 1, 50), count = Pick(random, 1, form.most), shift = Pick(random, 0, 3);
     const size_t gathered = form.windows ? count : form.lanes;
-    std::vector<std::int32_t> at(depth);
+    std::vector<std::int32_t> at(depth), from(depth);
     for (std::int32_t& place : at) place = static_cast<std::int32_t>(Pick(random, 0, 100));
+    for (size_t k = 0; k < depth; ++k) {
+      from[k] = static_cast<std::int32_t>((form.chosen ? Pick(random, 0, depth - 1) : k) * form.lanes);
+    }
     // Not a value more than may be read.
     const std::vector<float> near =
         Values(random, shift + (form.windows ? depth * form.lanes : (count - 1) * kTilePitch + depth), false);
@@ -67,14 +72,15 @@ void CheckTiles(const Kernels& kernels, unsigned seed) {
                    .depth = depth,
                    .count = count,
                    .sums = sums.data(),
-                   .add = add});
+                   .add = add,
+                   .from = form.chosen ? from.data() : nullptr});
     if (!sums.Intact()) return Fail(kernels, Named(seed), std::string(form.name) + " writes beside its sums");
     for (size_t i = 0; i < count; ++i) {
       for (size_t j = 0; j < form.lanes; ++j) {
         double want = add ? before[i * form.lanes + j] : 0.0, scale = std::fabs(want);
         for (size_t k = 0; k < depth; ++k) {
           const size_t place = static_cast<size_t>(at[k]);
-          const double product = form.windows ? double{stored[k * form.lanes + j]} * far[place + i]
+          const double product = form.windows ? double{stored[static_cast<size_t>(from[k]) + j]} * far[place + i]
                                               : double{stored[i * kTilePitch + k]} * far[place + j];
           want += product;
           scale += std::fabs(product);

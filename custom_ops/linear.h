@@ -78,7 +78,7 @@ class Conv {
   struct Image;
   struct Room;
   class Bands;
-  void Columns(const Grid& grid, std::int32_t* at) const;
+  void Columns(const Grid& grid, std::int32_t* at, std::int32_t* kernel_rows) const;
   void RunWindows(const Call& call, const Image& image, const Tasks& tasks) const;
   void RunPositions(const Call& call, const Image& image, const Tasks& tasks) const;
   void RunOnePosition(const Call& call, std::size_t images, const Tasks& tasks) const;

@@ -37,7 +37,9 @@ VQONNX_INLINE void FinishTile(const Finish& f, decltype(Wide::Set(0.0F)) (&sums)
 
 // One load for each scalar and vector, and kCount * kVectors multiplications: as long as all sums stay in registers,
 // the multiplications are what it costs.
-template <bool kWindows, std::size_t kVectors, std::size_t kCount>
+enum class Read { kWindows, kChosen, kPositions };
+
+template <Read kRead, std::size_t kVectors, std::size_t kCount>
 void MultiplyTile(const Tile& tile) {
   using V = decltype(Wide::Set(0.0F));
   V sums[kCount][kVectors];
@@ -49,19 +51,22 @@ void MultiplyTile(const Tile& tile) {
     }
   }
   for (std::size_t k = 0; k < tile.depth; ++k) {
-    const float* vectors = tile.vectors + (kWindows ? static_cast<std::ptrdiff_t>(k * kTileLanes) : tile.at[k]);
-    const float* scalars = tile.scalars + (kWindows ? tile.at[k] : static_cast<std::ptrdiff_t>(k));
+    const auto step = static_cast<std::ptrdiff_t>(k);
+    const float* vectors = tile.vectors + (kRead == Read::kWindows  ? step * static_cast<std::ptrdiff_t>(kTileLanes)
+                                           : kRead == Read::kChosen ? tile.from[k]
+                                                                    : tile.at[k]);
+    const float* scalars = tile.scalars + (kRead == Read::kPositions ? step : tile.at[k]);
     V vector[kVectors];
     VQONNX_UNROLL
     for (std::size_t j = 0; j < kVectors; ++j) vector[j] = Wide::Load(vectors + j * Wide::kLanes);
     VQONNX_UNROLL
     for (std::size_t i = 0; i < kCount; ++i) {
-      const V scalar = Wide::Set(scalars[i * (kWindows ? 1 : kTilePitch)]);
+      const V scalar = Wide::Set(scalars[i * (kRead == Read::kPositions ? kTilePitch : 1)]);
       VQONNX_UNROLL
       for (std::size_t j = 0; j < kVectors; ++j) sums[i][j] = Wide::MulAdd(vector[j], scalar, sums[i][j]);
     }
   }
-  if constexpr (!kWindows) {
+  if constexpr (kRead == Read::kPositions) {
     if (tile.finish != nullptr) return FinishTile<kCount, kVectors>(*tile.finish, sums);
   }
   VQONNX_UNROLL
@@ -73,22 +78,26 @@ void MultiplyTile(const Tile& tile) {
   }
 }
 
-template <bool kWindows, std::size_t kCount>
+template <Read kRead, std::size_t kCount>
 void ChooseTile(const Tile& tile) {
   if constexpr (kCount > 1) {
-    if (tile.count < kCount) return ChooseTile<kWindows, kCount - 1>(tile);
+    if (tile.count < kCount) return ChooseTile<kRead, kCount - 1>(tile);
   }
-  MultiplyTile<kWindows, kTileVectors, kCount>(tile);
+  MultiplyTile<kRead, kTileVectors, kCount>(tile);
 }
 
-void TileWindows(const Tile& tile) { ChooseTile<true, kTileCount>(tile); }
-void TilePositions(const Tile& tile) { ChooseTile<false, kTileCount>(tile); }
+void TileWindows(const Tile& tile) {
+  if (tile.from != nullptr) return ChooseTile<Read::kChosen, kTileCount>(tile);
+  ChooseTile<Read::kWindows, kTileCount>(tile);
+}
+void TilePositions(const Tile& tile) { ChooseTile<Read::kPositions, kTileCount>(tile); }
 
-// Blocks [0, blocks) of one stage for one vector of rows; `codes` of the rows are `stride` apart.
+// Blocks [0, blocks) of one stage for one vector of rows with a scale each; `codes` of the rows are `stride` apart.
 template <bool kFirst, bool kLast, std::size_t kWidth, class Code>
 void TurnWordsOf(const Coded& m, const Code* codes, std::size_t stride, std::size_t stage, std::size_t group,
-                 std::size_t cols, decltype(Wide::Set(0.0F)) scale, float* out) {
+                 std::size_t cols, const float* scales, float* out) {
   using V = decltype(Wide::Set(0.0F));
+  const V scale = Wide::Load(scales);
   const std::size_t width = kWidth ? kWidth : m.width;
   const std::size_t book_size = m.words * width;
   const float* const end = m.codebooks + (stage + 1) * m.books * book_size;
@@ -97,6 +106,13 @@ void TurnWordsOf(const Coded& m, const Code* codes, std::size_t stride, std::siz
        ++block, book = book + book_size == end ? end - m.books * book_size : book + book_size) {
     for (std::size_t j = 0; j < width; j += 8) {
       const std::size_t col = block * width + j;
+      if (kFirst && kLast && j + 1 == width) {  // a single value: turning eight would cost more
+        if (col >= cols) continue;
+        float* to = out + col * kTileLanes;
+        VQONNX_UNROLL
+        for (std::size_t i = 0; i < Wide::kLanes; ++i) to[i] = book[codes[i * stride + block] * width + j];
+        continue;
+      }
       V turned[8];
       LoadTurned([&](std::size_t i) { return book + (codes[i * stride + block] * width + j); }, turned);
       const std::size_t in_word = width - j < 8 ? width - j : 8;
@@ -115,13 +131,19 @@ void TurnWordsOf(const Coded& m, const Code* codes, std::size_t stride, std::siz
       }
     }
   }
+  if (kFirst && kLast && width % 8 == 1) {  // later, when what was stored value by value can be loaded as a whole
+    for (std::size_t col = width - 1; col < cols; col += width) {
+      Wide::Store(out + col * kTileLanes, Wide::Mul(Wide::Load(out + col * kTileLanes), scale));
+    }
+  }
 }
 
 template <bool kFirst, bool kLast, class Code>
 void TurnWords(const Coded& m, const Code* codes, std::size_t stride, std::size_t stage, std::size_t group,
-               std::size_t cols, decltype(Wide::Set(0.0F)) scale, float* out) {
-  if (m.width == 8) return TurnWordsOf<kFirst, kLast, 8>(m, codes, stride, stage, group, cols, scale, out);
-  TurnWordsOf<kFirst, kLast, 0>(m, codes, stride, stage, group, cols, scale, out);
+               std::size_t cols, const float* scales, float* out) {
+  if (m.width == 8) return TurnWordsOf<kFirst, kLast, 8>(m, codes, stride, stage, group, cols, scales, out);
+  if (m.width == 9) return TurnWordsOf<kFirst, kLast, 9>(m, codes, stride, stage, group, cols, scales, out);
+  TurnWordsOf<kFirst, kLast, 0>(m, codes, stride, stage, group, cols, scales, out);
 }
 
 void UnpackAny(const std::uint8_t* packed, std::size_t bytes, std::size_t bits, std::size_t count, std::uint8_t* out) {
@@ -138,7 +160,6 @@ void DecodePanelCodes(const Coded& m, std::size_t row, std::size_t rows, std::si
   for (std::size_t first = 0; first < kTileLanes && first < rows; first += Wide::kLanes) {
     float its_scales[Wide::kLanes];
     for (std::size_t i = 0; i < Wide::kLanes; ++i) its_scales[i] = scales[first + i < rows ? first + i : rows - 1];
-    const auto scale = Wide::Load(its_scales);
     for (std::size_t done = 0; done * m.width < cols; done += kChunk) {
       const std::size_t left = cols - done * m.width;
       const std::size_t now = left < kChunk * m.width ? left : kChunk * m.width;
@@ -159,13 +180,13 @@ void DecodePanelCodes(const Coded& m, std::size_t row, std::size_t rows, std::si
         }
         float* to = out + done * m.width * kTileLanes + first;
         if (m.stages == 1) {
-          TurnWords<true, true>(m, its_codes, stride, stage, group + done, now, scale, to);
+          TurnWords<true, true>(m, its_codes, stride, stage, group + done, now, its_scales, to);
         } else if (stage == 0) {
-          TurnWords<true, false>(m, its_codes, stride, stage, group + done, now, scale, to);
+          TurnWords<true, false>(m, its_codes, stride, stage, group + done, now, its_scales, to);
         } else if (stage + 1 < m.stages) {
-          TurnWords<false, false>(m, its_codes, stride, stage, group + done, now, scale, to);
+          TurnWords<false, false>(m, its_codes, stride, stage, group + done, now, its_scales, to);
         } else {
-          TurnWords<false, true>(m, its_codes, stride, stage, group + done, now, scale, to);
+          TurnWords<false, true>(m, its_codes, stride, stage, group + done, now, its_scales, to);
         }
       }
     }

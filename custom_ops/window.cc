@@ -111,6 +111,16 @@ Grid::Grid(const Window& w, size_t image_rows, size_t image_cols)
             w.begin[0] + w.begin[1] == 0;
 }
 
+Part Grid::Inside(size_t out_row) const {
+  const size_t first = out_row * window_.stride[0], step = window_.dilation[0], pad = window_.begin[0];
+  // The smallest k for which first + k * step is at least `edge`, of the kernel's rows.
+  const auto reach = [&](size_t edge) {
+    return std::min(window_.kernel[0], edge > first ? (edge - first + step - 1) / step : 0);
+  };
+  const size_t begin = reach(pad);
+  return {begin, reach(pad + image_rows_) - begin};
+}
+
 void Grid::Lay(const float* image, float* out) const {
   for (const Phase& phase : phases_) {
     // Columns [first, last) of the phase are in the image.

@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "split.h"
 #include "tensor.h"
 
 namespace vqonnx {
@@ -49,6 +50,12 @@ class Grid {
 
   // Whether the image is its own only phase, so that it can be read where it is.
   bool direct() const { return direct_; }
+
+  std::size_t kernel_rows() const { return window_.kernel[0]; }
+
+  // The rows of the kernel that lie on the image, and not on its pads, for a row of the output; in order of the
+  // dilation.
+  Part Inside(std::size_t out_row) const;
 
   // One channel's plane from its image.
   void Lay(const float* image, float* plane) const;

@@ -491,6 +491,24 @@ def test_what_fits_stays_in_memory(scratch: Path, monkeypatch: pytest.MonkeyPatc
     assert not list(scratch.iterdir())
 
 
+def test_a_batch_leaves_the_disk_once_it_has_been_read(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, feeds = cnn(), images(2, 3, 2, 4)
+    counts = []
+    original = vqonnx.calibrate.run
+
+    def counted(*arguments: Any) -> Any:
+        counts.append(len([path for path in scratch.rglob("*") if path.is_file()]))
+        return original(*arguments)
+
+    monkeypatch.setattr(vqonnx.calibrate, "run", counted)
+    sites = sites_of(model)
+    with Walk(model, ".", sites, feeds, positions=ALL) as walk:
+        for site in sites:
+            walk.observe(site, "ihw")
+    assert len(counts) >= 2 * len(feeds)
+    assert set(counts) == {len(feeds) - 1}, "the one that is being run is in memory"
+
+
 def test_files_go_away_when_a_batch_does_not_run(scratch: Path) -> None:
     model, feeds = cnn(), [*images(2), {"x": np.zeros((2, 5, 8, 8), np.float32)}]
     later = sites_of(model)[1:]

@@ -31,7 +31,7 @@ from vqonnx.view import Order
 # Rows that are looked at for each column of a layer's weight; second moments need some 30 to be trusted.
 _ROWS_PER_COLUMN = 32
 _LEAST_POSITIONS = 16
-_MEMORY_LIMIT = 2**27
+_MEMORY_LIMIT = 2**29  # bytes of values between layers that a walk keeps in memory
 
 Batch = dict[str, Any]
 
@@ -140,7 +140,7 @@ class Walk:
         with before:
             made = {name for node in nodes for name in node.output}
             session = None
-            for batch in before:
+            for batch in before.drain():
                 kept = {name: value for name, value in batch.items() if name in alive}
                 if made & alive:
                     if session is None:
@@ -295,12 +295,17 @@ class _Spool:
         self._batches.append(path)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._batches:
-            if isinstance(batch, Path):
-                with batch.open("rb") as file:
-                    yield pickle.load(file)
-            else:
-                yield batch
+        return map(_read, self._batches)
+
+    def drain(self) -> Iterator[Batch]:
+        """The same, once: a batch leaves memory or disk when it has been read, and makes room for what comes of it."""
+        batches, self._batches = self._batches[::-1], []
+        while batches:
+            kept = batches.pop()
+            batch = _read(kept)
+            if isinstance(kept, Path):
+                kept.unlink()
+            yield batch
 
     def __enter__(self) -> _Spool:
         return self
@@ -310,3 +315,12 @@ class _Spool:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+
+def _read(kept: Batch | Path) -> Batch:
+    """A batch of a spool."""
+    if not isinstance(kept, Path):
+        return kept
+    with kept.open("rb") as file:
+        batch: Batch = pickle.load(file)
+    return batch
