@@ -118,6 +118,11 @@ void CheckConv(const Kernels& kernels, unsigned seed) {
     if (axis == 0 && Pick(random, 0, 9) == 0) image[axis] = Pick(random, 48, 80);  // enough for several bands
   }
   for (size_t i = 0; i < 4; ++i) node.pads.push_back(static_cast<std::int64_t>(Pick(random, 0, 2)));
+  if (Pick(random, 0, 9) == 0) {  // rows at the border of many kinds, and more than one piece of columns
+    kernel[0] = Pick(random, 4, 25);
+    node.dilations[0] = 1;
+    node.pads[0] = node.pads[2] = static_cast<std::int64_t>(kernel[0] / 2 + Pick(random, 0, 3));
+  }
   for (size_t axis = 0; axis < 2; ++axis) {
     const auto stride = static_cast<size_t>(node.strides[axis]), dilation = static_cast<size_t>(node.dilations[axis]);
     const size_t padded = image[axis] + static_cast<size_t>(node.pads[axis] + node.pads[axis + 2]);
