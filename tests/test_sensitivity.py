@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import ModelProto
 
+from vqonnx import modelfile
 from vqonnx.graph import find
 from vqonnx.sensitivity import Probe, noisy
 
@@ -111,13 +112,22 @@ def test_only_as_many_images_are_run_as_are_worth_it() -> None:
     assert len(taken) == 8  # of 8 images each
 
 
-def test_external_data_come_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [None, 1000], ids=["in one file", "too large for one file"])
+def test_external_data_come_along(limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nets.dense(2, 64)
     path = tmp_path / "model.onnx"
     onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=64)
     loaded = onnx.load(path, load_external_data=False)
-    site = find(loaded, tmp_path).sites[0]
     x = {entry.name: np.ones((2, 64), np.float32) for entry in loaded.graph.input}
+    whole, site = find(model, tmp_path).sites[:1], find(loaded, tmp_path).sites[0]
+    expected = Probe(model, tmp_path, [x]).effect(whole[0], noisy(whole[0].view("ihw").matrix(whole[0].read()), 0))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    if limit is not None:
+        monkeypatch.setattr(modelfile, "SINGLE_FILE_LIMIT", limit)
     found = Probe(loaded, tmp_path, [x]).effect(site, noisy(site.view("ihw").matrix(site.read()), 0))
     assert found is not None
     assert found > 0
+    assert found == expected
+    assert not list(scratch.iterdir())

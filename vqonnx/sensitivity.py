@@ -7,7 +7,9 @@ its weight gives the factor between the two.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, ValueInfoProto
 
-from vqonnx.errors import VqonnxError
+from vqonnx import modelfile
+from vqonnx.errors import DataError, ModelError
 from vqonnx.form import Dense, Matrix
 from vqonnx.graph import Site, find
-from vqonnx.modelfile import external_tensors, inlined
 from vqonnx.place import Placement, place
 from vqonnx.runtime import open_session, run
 
@@ -40,8 +42,7 @@ class Probe:
     def __init__(self, model: ModelProto, folder: Path, feeds: Iterable[Mapping[str, Any]]) -> None:
         self._model = ModelProto()
         self._model.CopyFrom(model)
-        for tensor in external_tensors(self._model):
-            tensor.CopyFrom(inlined(tensor, folder))
+        self._whole = modelfile.bring_in(self._model, folder)  # or each run writes its weights to a file of their own
         _look_before_softmax(self._model)
         self._folder = folder
         self._feeds = _first(feeds)
@@ -60,7 +61,7 @@ class Probe:
         place(changed, [Placement(twin, Dense(matrix), twin.view("ihw"))], "portable")
         try:
             outputs = self._run(changed)
-        except VqonnxError:
+        except (DataError, ModelError):
             return None
         noise, signal = _energies(self._reference, outputs)
         shares = noise[signal > 0] / signal[signal > 0]
@@ -68,8 +69,19 @@ class Probe:
         return found if shares.size and np.isfinite(found) else None
 
     def _run(self, model: ModelProto) -> Outputs:
-        session = open_session(model.SerializeToString())
-        results = [run(session, dict(feed)) for feed in self._feeds]
+        with ExitStack() as until_run:
+            source: bytes | Path
+            if self._whole:
+                source = model.SerializeToString()
+            else:
+                folder = until_run.enter_context(tempfile.TemporaryDirectory(prefix="vqonnx-probe-"))
+                source = Path(folder) / "model.onnx"
+                copy = ModelProto()
+                copy.CopyFrom(model)
+                modelfile.save(copy, source, self._folder)
+            session = open_session(source)
+            results = [run(session, dict(feed)) for feed in self._feeds]
+            del session  # its file goes
         return [[y for y in found.values() if isinstance(y, np.ndarray) and y.dtype.kind == "f"] for found in results]
 
 
