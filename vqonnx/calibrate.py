@@ -31,7 +31,7 @@ from vqonnx.view import Order
 # Rows that are looked at for each column of a layer's weight; second moments need some 30 to be trusted.
 _ROWS_PER_COLUMN = 32
 _LEAST_POSITIONS = 16
-_MEMORY_LIMIT = 2**29  # bytes of values between layers that a walk keeps in memory
+_MEMORY_LIMIT = 2**28  # bytes of values between layers that a walk keeps in memory
 
 Batch = dict[str, Any]
 
