@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from common import Feed, cifar_feeds, cifar_labels, data_dir, setting
 from PIL import Image
 
 import vqonnx
 from vqonnx.expand import expand
+from vqonnx.runtime import open_session, run
 from vqonnx.training.dqc import Batches, Recipe, train_dqc
 from vqonnx.training.loop import Schedule
 
@@ -276,8 +276,8 @@ def mixed_divergence(teacher: Path, small: Path, images: np.ndarray) -> float:
     feeds = [batches(step)[0] for step in range(len(images) // 100)]
     outputs = []
     for path in (teacher, small):
-        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-        logits = np.concatenate([session.run(None, dict(feed))[0] for feed in feeds])
+        session = open_session(path)
+        logits = np.concatenate([next(iter(run(session, feed).values())) for feed in feeds])
         outputs.append(torch.log_softmax(torch.from_numpy(logits), 1))
     wanted, found = outputs
     return float(torch.nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True))

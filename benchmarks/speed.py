@@ -258,8 +258,12 @@ def _spell(result: dict[str, Any]) -> str:
     if "megabytes" in result:
         return ", ".join(f"{name} {value:.1f} MB" for name, value in result["megabytes"].items())
     ratios = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in result["ratios"].items())
-    span = "; {:.2f} to {:.2f}x fp32".format(*result["fp32_ratios"]) if "fp32_ratios" in result else ""
-    return f"{result['microseconds']['vqonnx']:.1f} us; {ratios}{span}"
+    return f"{result['microseconds']['vqonnx']:.1f} us; {ratios}{_span(result)}"
+
+
+def _span(result: dict[str, Any]) -> str:
+    """The smallest and the largest ratio to fp32, where several processes gave one."""
+    return " ({:.2f} to {:.2f}x fp32)".format(*result["fp32_ratios"]) if "fp32_ratios" in result else ""
 
 
 def table() -> str:
@@ -284,8 +288,7 @@ def _rows(case: Case, result: dict[str, Any]) -> list[str]:
     for other, ratio in result["ratios"].items():
         least, aim = case.goals.get(other, (None, None))
         below = "" if least is None or ratio >= least else "**below** "
-        least_ratio, most_ratio = result.get("fp32_ratios", (None, None)) if other == "fp32" else (None, None)
-        span = "" if least_ratio is None else f" ({least_ratio:.2f} to {most_ratio:.2f})"
+        span = _span(result) if other == "fp32" else ""
         rows.append(
             f"| {case.name} | {case.threads} | {other} | {_cell(least)} | {_cell(aim)} | {below}{ratio:.2f}x{span} "
             f"| {times['vqonnx']:.1f} | {times[other]:.1f} | {'' if error is None else f'{error:.1e}'} |"

@@ -8,6 +8,7 @@ using std::size_t;
 
 Border::Border(const Grid& grid, size_t columns, size_t piece, size_t lanes)
     : grid_(grid), columns_(columns), piece_(piece), lanes_(lanes) {
+  if (grid.whole()) return;  // a tile is of several rows
   for (size_t row = 0; row < grid.out_rows && count_ < kMostKinds; ++row) {
     const Part rows = grid.Inside(row);
     if (rows.size < grid.kernel_rows() && KindOf(row) == nullptr) kinds_[count_++] = {rows, nullptr, nullptr, nullptr};
@@ -47,6 +48,7 @@ Border::Columns Border::Of(size_t out_row, size_t begin) const {
 }
 
 double Border::Share(const Grid& grid) {
+  if (grid.whole()) return 1;
   size_t left = 0;
   for (size_t row = 0; row < grid.out_rows; ++row) left += grid.Inside(row).size;
   return static_cast<double>(left) / static_cast<double>(grid.out_rows * grid.kernel_rows());

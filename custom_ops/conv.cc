@@ -17,9 +17,6 @@ using std::size_t;
 // stay near. All outputs of a block come one after the other, so that its part of the image stays near as well.
 constexpr size_t kBlockPositions = 1024, kLeastPositions = 128;
 
-// Columns of the weight that are decoded together.
-size_t PieceOf(const Weight& weight) { return kTileDepth / weight.step() * weight.step(); }
-
 }  // namespace
 
 Conv::Conv(const Inputs& inputs, std::span<const std::int64_t> perm, std::span<const std::int64_t> strides,
@@ -99,9 +96,7 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
   const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
   const bool direct = grid.direct() && (!positions || span >= kernels_->tile_lanes);
   const size_t laid = direct ? 0 : channels * grid.plane + kernels_->tile_lanes;
-  // Where rows of outputs follow each other like their values, a tile is of several of them.
-  const bool by_row = !positions && grid.cols != grid.out_cols;
-  Border border(grid, by_row ? weight_.depth() : 0, PieceOf(weight_), kernels_->tile_lanes);
+  Border border(grid, positions ? 0 : weight_.depth(), weight_.piece(), kernels_->tile_lanes);
   Scratch scratch(Use::kRun, Scratch::Room<float>(weight_.dense_size()) + Scratch::Room<float>(laid) +
                                  2 * Scratch::Room<std::int32_t>(weight_.depth()) + border.room());
   auto* dense = scratch.Take<float>(weight_.dense_size());
@@ -110,7 +105,7 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
   if (images > 0 && weight_.dense_size() > 0) weight_.Expand(call.codes, tasks, dense);
   auto* kernel_rows = scratch.Take<std::int32_t>(weight_.depth());
   Columns(grid, at, kernel_rows);
-  if (by_row) border.Fill(at, kernel_rows, scratch);
+  border.Fill(at, kernel_rows, scratch);
   for (size_t n = 0; n < images; ++n) {
     const float* x = call.x + n * channels * image_rows * image_cols;
     if (!direct) {
@@ -141,10 +136,9 @@ bool Conv::PrefersPositions(const Grid& grid) const {
   };
   const auto depth = static_cast<double>(weight_.depth());
   const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
-  const bool whole = grid.cols == grid.out_cols;
-  const size_t lines = whole ? 1 : grid.out_rows;
-  const size_t line = whole ? span : grid.out_cols;
-  const double needed = depth * (whole ? 1.0 : Border::Share(grid));
+  const size_t lines = grid.whole() ? 1 : grid.out_rows;
+  const size_t line = grid.whole() ? span : grid.out_cols;
+  const double needed = depth * Border::Share(grid);
   // The last terms: turning the sums around, and decoding for vectors.
   const double turn = 2.0 * static_cast<double>(lanes * 8) / 32;
   const double windows =
@@ -162,14 +156,14 @@ void Conv::RunWindows(const Call& call, const Image& image, const Tasks& tasks) 
   const size_t lanes = kernels_->tile_lanes, count = kernels_->tile_count;
   const size_t outputs = weight_.outputs() / groups_;
   const size_t panels = Ceil(outputs, lanes);
-  const bool whole = grid.cols == grid.out_cols;  // rows of outputs follow each other like their values
+  const bool whole = grid.whole();
   const size_t lines = whole ? 1 : grid.out_rows;
   const size_t line = whole ? grid.out_rows * grid.out_cols : grid.out_cols;
   const size_t line_tiles = Ceil(line, count);
   const size_t blocks = PartsOf(lines * line, kBlockPositions, kLeastPositions, groups_ * panels);
   const size_t most_tiles = Ceil(lines * line_tiles, blocks);
   const size_t depth = weight_.depth();
-  const size_t piece = PieceOf(weight_);
+  const size_t piece = weight_.piece();
   const size_t out_plane = grid.out_rows * grid.out_cols;
 
   tasks.Each(groups_ * panels * blocks, [&](size_t task) {
@@ -197,8 +191,7 @@ void Conv::RunWindows(const Call& call, const Image& image, const Tasks& tasks) 
         const size_t row = (tiles.begin + t) / line_tiles;
         const Part columns = PartOf(line, line_tiles, (tiles.begin + t) % line_tiles);
         float* its_sums = sums + (at_once ? 0 : t * tile_floats);
-        const Border::Columns needed =
-            whole ? Border::Columns{nullptr, image.at + col, cols} : image.border.Of(row, col);
+        const Border::Columns needed = image.border.Of(row, col);
         kernels_->tile_windows({.vectors = vectors,
                                 .scalars = planes + row * grid.cols + columns.begin,
                                 .at = needed.at,
@@ -232,12 +225,12 @@ void Conv::RunPositions(const Call& call, const Image& image, const Tasks& tasks
   const size_t outputs = weight_.outputs() / groups_;
   const size_t strips = Ceil(outputs, kernels_->tile_count);
   const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
-  const bool whole = grid.cols == grid.out_cols;  // rows of outputs follow each other like their values
+  const bool whole = grid.whole();
   const size_t tiles = Ceil(span, lanes);
   const size_t blocks = PartsOf(tiles * lanes, kBlockPositions, kLeastPositions, groups_ * strips);
   const size_t most_tiles = Ceil(tiles, blocks);
   const size_t depth = weight_.depth();
-  const size_t piece = PieceOf(weight_);
+  const size_t piece = weight_.piece();
   const size_t out_plane = grid.out_rows * grid.out_cols;
 
   tasks.Each(groups_ * strips * blocks, [&](size_t task) {

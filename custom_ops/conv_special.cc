@@ -51,7 +51,7 @@ void Conv::RunDepthwise(const Call& call, std::span<const std::int64_t> shape, c
   Scratch scratch(Use::kRun, Scratch::Room<float>(outputs * depth));
   auto* taps = scratch.Take<float>(outputs * depth);
   if (weight_.by_output()) {
-    const size_t piece = kTileDepth / weight_.step() * weight_.step();
+    const size_t piece = weight_.piece();
     for (size_t output = 0; output < outputs; ++output) {
       for (size_t col = 0; col < depth; col += piece) {
         const size_t cols = std::min(piece, depth - col);

@@ -163,7 +163,7 @@ void Matrix::RunExact(const Call& call, size_t rows, const Tasks& tasks) const {
 
   const Weight::Source source = {call.codes, dense};
   const size_t blocks = Ceil(rows, kBlockRows);
-  const size_t piece = kTileDepth / weight_.step() * weight_.step();
+  const size_t piece = weight_.piece();
   const size_t tile_floats = count * lanes;
   const size_t most_tiles = Ceil(tiles, blocks);
   tasks.Each(panels * blocks, [&](size_t task) {

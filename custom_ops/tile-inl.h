@@ -35,10 +35,10 @@ VQONNX_INLINE void FinishTile(const Finish& f, decltype(Wide::Set(0.0F)) (&sums)
   }
 }
 
-// One load for each scalar and vector, and kCount * kVectors multiplications: as long as all sums stay in registers,
-// the multiplications are what it costs.
 enum class Read { kWindows, kChosen, kPositions };
 
+// One load for each scalar and vector, and kCount * kVectors multiplications: as long as all sums stay in registers,
+// the multiplications are what it costs.
 template <Read kRead, std::size_t kVectors, std::size_t kCount>
 void MultiplyTile(const Tile& tile) {
   using V = decltype(Wide::Set(0.0F));
@@ -99,6 +99,7 @@ void TurnWordsOf(const Coded& m, const Code* codes, std::size_t stride, std::siz
   using V = decltype(Wide::Set(0.0F));
   const V scale = Wide::Load(scales);
   const std::size_t width = kWidth ? kWidth : m.width;
+  const bool has_single = kFirst && kLast && width % 8 == 1;  // a last value: turning eight would cost more
   const std::size_t book_size = m.words * width;
   const float* const end = m.codebooks + (stage + 1) * m.books * book_size;
   const float* book = m.codebooks + (stage * m.books + group % m.books) * book_size;
@@ -106,7 +107,7 @@ void TurnWordsOf(const Coded& m, const Code* codes, std::size_t stride, std::siz
        ++block, book = book + book_size == end ? end - m.books * book_size : book + book_size) {
     for (std::size_t j = 0; j < width; j += 8) {
       const std::size_t col = block * width + j;
-      if (kFirst && kLast && j + 1 == width) {  // a single value: turning eight would cost more
+      if (has_single && j + 1 == width) {
         if (col >= cols) continue;
         float* to = out + col * kTileLanes;
         VQONNX_UNROLL
@@ -131,7 +132,7 @@ void TurnWordsOf(const Coded& m, const Code* codes, std::size_t stride, std::siz
       }
     }
   }
-  if (kFirst && kLast && width % 8 == 1) {  // later, when what was stored value by value can be loaded as a whole
+  if (has_single) {  // later, when what was stored value by value can be loaded as a whole
     for (std::size_t col = width - 1; col < cols; col += width) {
       Wide::Store(out + col * kTileLanes, Wide::Mul(Wide::Load(out + col * kTileLanes), scale));
     }

@@ -72,11 +72,10 @@ void Weight::Panel(const Source& source, size_t output, size_t rows, size_t col,
     return kernels_->decode_panel(matrix, output, rows, col / coded_.width, cols, scales_.data() + output, out);
   }
   const size_t lanes = kernels_->tile_lanes;
-  const size_t piece = kTileDepth / step_ * step_;
-  const size_t stride = piece + 16;  // not a power of two: the rows of a column do not share a cache set
+  const size_t stride = piece() + 16;  // not a power of two: the rows of a column do not share a cache set
   std::fill(room + rows * stride, room + lanes * stride, 0.0F);
-  for (size_t done = 0; done < cols; done += piece) {
-    const size_t now = std::min(piece, cols - done);
+  for (size_t done = 0; done < cols; done += piece()) {
+    const size_t now = std::min(piece(), cols - done);
     for (size_t r = 0; r < rows; ++r) Row(source, output + r, col + done, now, room + r * stride);
     kernels_->transpose(room, stride, lanes, now, out + done * lanes, lanes);
   }

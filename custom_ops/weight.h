@@ -43,6 +43,8 @@ class Weight {
 
   // Columns of an output, from one that is a multiple of `step` on. `step` is at most kTileDepth.
   std::size_t step() const { return step_; }
+  // As many of them as are taken together: a multiple of `step`.
+  std::size_t piece() const { return kTileDepth / step_ * step_; }
   void Row(const Source& source, std::size_t output, std::size_t col, std::size_t cols, float* out) const;
 
   // The same for `rows` outputs as tile_lanes columns, zeros beyond `rows`: out[col * tile_lanes + output].

@@ -51,6 +51,9 @@ class Grid {
   // Whether the image is its own only phase, so that it can be read where it is.
   bool direct() const { return direct_; }
 
+  // Whether rows of outputs follow each other in a plane like their values, without anything in between.
+  bool whole() const { return cols == out_cols; }
+
   std::size_t kernel_rows() const { return window_.kernel[0]; }
 
   // The rows of the kernel that lie on the image, and not on its pads, for a row of the output; in order of the

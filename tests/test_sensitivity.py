@@ -119,8 +119,8 @@ def test_external_data_come_along(limit: int | None, tmp_path: Path, monkeypatch
     onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=64)
     loaded = onnx.load(path, load_external_data=False)
     x = {entry.name: np.ones((2, 64), np.float32) for entry in loaded.graph.input}
-    whole, site = find(model, tmp_path).sites[:1], find(loaded, tmp_path).sites[0]
-    expected = Probe(model, tmp_path, [x]).effect(whole[0], noisy(whole[0].view("ihw").matrix(whole[0].read()), 0))
+    inner, site = (find(either, tmp_path).sites[0] for either in (model, loaded))
+    expected = Probe(model, tmp_path, [x]).effect(inner, noisy(inner.view("ihw").matrix(inner.read()), 0))
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))

@@ -8,8 +8,8 @@ its weight gives the factor between the two.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +69,24 @@ class Probe:
         return found if shares.size and np.isfinite(found) else None
 
     def _run(self, model: ModelProto) -> Outputs:
-        with ExitStack() as until_run:
-            source: bytes | Path
-            if self._whole:
-                source = model.SerializeToString()
-            else:
-                folder = until_run.enter_context(tempfile.TemporaryDirectory(prefix="vqonnx-probe-"))
-                source = Path(folder) / "model.onnx"
-                copy = ModelProto()
-                copy.CopyFrom(model)
-                modelfile.save(copy, source, self._folder)
+        with self._openable(model) as source:
             session = open_session(source)
             results = [run(session, dict(feed)) for feed in self._feeds]
             del session  # its file goes
         return [[y for y in found.values() if isinstance(y, np.ndarray) and y.dtype.kind == "f"] for found in results]
+
+    @contextmanager
+    def _openable(self, model: ModelProto) -> Iterator[bytes | Path]:
+        """The model in bytes, or in a file that is there for as long."""
+        if self._whole:
+            yield model.SerializeToString()
+            return
+        with tempfile.TemporaryDirectory(prefix="vqonnx-probe-") as folder:
+            path = Path(folder) / "model.onnx"
+            copy = ModelProto()
+            copy.CopyFrom(model)
+            modelfile.save(copy, path, self._folder)
+            yield path
 
 
 def noisy(matrix: Matrix, seed: int) -> Matrix:
