@@ -52,6 +52,7 @@ def row(network: str) -> str:
             assert size == out.stat().st_size
             over += size > target
             below.append(100 * (target - size) / target)
+            print(f"{network}: {size:,} bytes for {target:,}, {below[-1]:.2f} % below", file=sys.stderr, flush=True)
     return (
         f"| {network} | {targets[0] / 1000:.0f} to {targets[-1] / 1000:.0f} | {20 - over} of 20 "
         f"| {np.median(below):.2f} %, {max(below):.2f} % | {time.monotonic() - start:.0f} |"

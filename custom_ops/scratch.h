@@ -8,15 +8,20 @@
 
 namespace vqonnx {
 
-// An allocator for vectors whose data starts on a cache line.
+// Memory that starts on a cache line. Large memory is asked for in huge pages: else what comes from far away waits for
+// the addresses of its pages.
+void* NewOnLine(std::size_t bytes);  // may throw std::bad_alloc
+void DeleteOnLine(void* data, std::size_t bytes);
+
+// An allocator for vectors of such memory.
 template <class T>
 struct OnLine {
   using value_type = T;
   OnLine() = default;
   template <class U>
   OnLine(const OnLine<U>&) {}
-  T* allocate(std::size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64})); }
-  void deallocate(T* data, std::size_t) { ::operator delete(data, std::align_val_t{64}); }
+  T* allocate(std::size_t count) { return static_cast<T*>(NewOnLine(count * sizeof(T))); }
+  void deallocate(T* data, std::size_t count) { DeleteOnLine(data, count * sizeof(T)); }
   bool operator==(const OnLine&) const { return true; }
 };
 

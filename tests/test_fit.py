@@ -12,6 +12,8 @@ import nets
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import vqonnx
 from vqonnx import menu, modelfile
@@ -140,9 +142,39 @@ def test_what_is_not_possible_was_tried() -> None:
         return small if limit == sharing.least else large
 
     assert fit(attempt, Limits(size=wanted), large.bytes_before, sharing) is small
-    assert len(tried) == 6
+    assert len(tried) == 10
     with pytest.raises(OptionError, match=f"not possible, the smallest has {small.model.ByteSize():,}; choose"):
         fit(attempt, Limits(size=small.model.ByteSize() - 1), large.bytes_before, sharing)
+
+
+@given(
+    slope=st.floats(0.6, 6.0),
+    bent=st.floats(0.0, 0.12),
+    step=st.floats(0.0001, 0.012),
+    unsteady=st.floats(0.0, 0.004),
+    share=st.floats(0.1, 0.9),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_size_is_met_where_layers_have_one(
+    slope: float, bent: float, step: float, unsteady: float, share: float
+) -> None:
+    """Whatever a file takes for a byte of its layers, if it grows in small steps and is not quite steady."""
+    sharing = cast(Sharing, SimpleNamespace(least=1e4, most=1e5))
+    whole = 2000 + slope * 1e5 * (1 + bent)
+
+    def file_of(budget: float | None) -> int:
+        assert budget is not None and sharing.least <= budget <= sharing.most
+        smooth = 2000 + slope * budget * (1 + bent * np.sin(budget / 1.6e4))
+        stairs = np.exp(step * np.floor(np.log(smooth) / step))
+        return int(stairs * (1 + unsteady * np.sin(budget)))
+
+    wanted = int(share * whole + (1 - share) * file_of(sharing.least) * 1.05)
+    made = cast(Any, lambda budget: SimpleNamespace(size=file_of(budget)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vqonnx.fit, "_bytes", lambda result: result.size)
+        found = cast(Any, fit(made, Limits(size=wanted), 10**6, sharing))
+    assert found.size <= wanted
+    assert found.size >= 0.98 * wanted or found.size == file_of(sharing.most)
 
 
 @pytest.mark.parametrize(

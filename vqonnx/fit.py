@@ -17,9 +17,8 @@ from vqonnx.modelfile import external_bytes
 from vqonnx.result import Result
 from vqonnx.verify import Comparison, compare
 
-_ATTEMPTS = 5
 _AIM = 0.996  # of the size that is asked for; what layers take differs a little from what they were given
-_ENOUGH = 0.985  # of it: the file may be so much smaller
+_ENOUGH = (*[0.985] * 4, *[0.98] * 5)  # of it: after each attempt, the file may be so much smaller
 _SEARCH = 6
 _STEEPEST = 8.0  # bytes of the file for a byte of codes: of one bit, stored as bytes
 _UNIT = {"": 1, "B": 1, "KB": 1000, "KIB": 1024, "MB": 1000**2, "MIB": 1024**2, "GB": 1000**3, "GIB": 1024**3}
@@ -103,21 +102,28 @@ def fit(attempt: Callable[[float | None], Result], limits: Limits, before: int, 
 
 
 def _within(attempt: Callable[[float | None], Result], wanted: int, sharing: Sharing) -> Result:
-    """Bytes for the layers are corrected by what the file had too many or too few."""
-    budget = min(max(0.9 * wanted, sharing.least), sharing.most)
+    """Bytes for the layers are corrected by what the file had too many or too few.
+
+    They are halved between the most that kept to the size and the fewest that did not where a correction leads out of
+    these: layers have few sizes, and one may take a little more for a little less.
+    """
+    low, high = sharing.least, sharing.most
+    budget = min(max(0.9 * wanted, low), high)
     best: Result | None = None
     sizes: dict[float, int] = {}  # of the file, by the bytes for the layers
-    for _ in range(_ATTEMPTS):
+    for enough in _ENOUGH:
         result = attempt(budget)
-        size = _bytes(result)
+        size = sizes[budget] = _bytes(result)
         _log.info("%d bytes for the layers make a file of %d, %d are wanted", budget, size, wanted)
-        sizes[budget] = size
+        low, high = (budget, high) if size <= wanted else (low, budget)
         if size <= wanted and (best is None or size > _bytes(best)):
             best = result
-        if best is not None and _bytes(best) >= _ENOUGH * wanted:
+        if best is not None and _bytes(best) >= enough * wanted:
             break
         budget = min(max(budget + (_AIM * wanted - size) / _slope(sizes), sharing.least), sharing.most)
-        if budget in sizes:
+        if budget in sizes or not low <= budget <= high:
+            budget = (low + high) / 2
+        if high - low < 1 or budget in sizes:
             break
     if best is None and sharing.least not in sizes:  # before it is said that it cannot be done
         result = attempt(sharing.least)
