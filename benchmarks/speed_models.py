@@ -94,9 +94,9 @@ def _copies(layer_bytes: float, cold: bool) -> int:
 # Gemm
 
 
-def gemm_ways(outputs: int, inputs: int, batch: int, *, cold: bool, width: int = 8) -> dict[str, Way]:
+def gemm_ways(outputs: int, inputs: int, batch: int, *, cold: bool, width: int = 8, words: int = 256) -> dict[str, Way]:
     """A Gemm ``[outputs, inputs]`` from codes, in fp32, in dynamic int8 and in 4 bits."""
-    form = random_form(outputs, inputs, width)
+    form = random_form(outputs, inputs, width, words)
     weight = form.decode()
     x, y = (batch, inputs), (batch, outputs)
     layers = _copies(form.packed.nbytes, cold)
@@ -248,29 +248,32 @@ def _random_resnet50(small: Path, folder: Path) -> None:
     _random_codes(folder / "resnet50-source.onnx", small, skipped="conv1.weight")  # three channels: hardly worth codes
 
 
-def _mlp(small: Path, folder: Path) -> None:
-    sizes = (784, 4096, 4096, 10)
-    nodes, arrays, value = [], {}, "x"
-    rng = np.random.default_rng(0)
-    for number, (before, after) in enumerate(pairwise(sizes)):
-        arrays[f"w{number}"] = (rng.standard_normal((after, before)) / np.sqrt(before)).astype(np.float32)
-        arrays[f"b{number}"] = np.zeros(after, np.float32)
-        nodes.append(helper.make_node("Gemm", [value, f"w{number}", f"b{number}"], [f"g{number}"], transB=1))
-        value = f"g{number}"
-        if number < len(sizes) - 2:
-            nodes.append(helper.make_node("Relu", [value], [f"r{number}"]))
-            value = f"r{number}"
-    graph = helper.make_graph(
-        nodes,
-        "mlp",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", sizes[0]])],
-        [helper.make_tensor_value_info(value, TensorProto.FLOAT, ["N", sizes[-1]])],
-        [numpy_helper.from_array(values, name) for name, values in arrays.items()],
-    )
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "mlp-s.onnx"
-    )
-    _random_codes(folder / "mlp-s.onnx", small)
+def _mlp(*sizes: int) -> Callable[[Path, Path], None]:
+    """Layers with a Relu between them."""
+
+    def make(small: Path, folder: Path) -> None:
+        source = folder / f"{small.stem}-source.onnx"
+        nodes, arrays, value = [], {}, "x"
+        rng = np.random.default_rng(0)
+        for number, (before, after) in enumerate(pairwise(sizes)):
+            arrays[f"w{number}"] = (rng.standard_normal((after, before)) / np.sqrt(before)).astype(np.float32)
+            arrays[f"b{number}"] = np.zeros(after, np.float32)
+            nodes.append(helper.make_node("Gemm", [value, f"w{number}", f"b{number}"], [f"g{number}"], transB=1))
+            value = f"g{number}"
+            if number < len(sizes) - 2:
+                nodes.append(helper.make_node("Relu", [value], [f"r{number}"]))
+                value = f"r{number}"
+        graph = helper.make_graph(
+            nodes,
+            "mlp",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", sizes[0]])],
+            [helper.make_tensor_value_info(value, TensorProto.FLOAT, ["N", sizes[-1]])],
+            [numpy_helper.from_array(values, name) for name, values in arrays.items()],
+        )
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), source)
+        _random_codes(source, small)
+
+    return make
 
 
 def _random_codes(source: Path, small: Path, skipped: str = "") -> None:
@@ -315,6 +318,7 @@ _NETWORKS: dict[str, Callable[[Path, Path], None]] = {
     "mobilenetv2": _compressed("models/mobilenetv2.onnx", vqonnx.KMeans(bits=6)),
     "squeezenet": _compressed("models/squeezenet.onnx", vqonnx.PQ(width=8, order="hwi")),
     "yolox-nano": _compressed("zoo/yolox_nano/*.onnx", vqonnx.KMeans(bits=6)),
-    "mlp": _mlp,
+    "mlp": _mlp(784, 4096, 4096, 10),
+    "mlp-8x4096": _mlp(*[4096] * 9),
 }
 NETWORKS = tuple(_NETWORKS)

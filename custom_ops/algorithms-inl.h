@@ -3,6 +3,7 @@
 #include "kernels-inl.h"
 #include "activation-inl.h"
 #include "tile-inl.h"
+#include "few-words-inl.h"
 #include "dot-inl.h"
 #include "windows-inl.h"
 #include "depthwise-inl.h"

@@ -112,5 +112,17 @@ struct WordTable {
   __m512 low_, high_;
 };
 
+struct ProductTable {
+  static constexpr std::size_t kWords = 16;
+  explicit ProductTable(const float* words) : words_(Wide::Load(words)) {}
+  static __m512i FromFloats(__m512 a) { return _mm512_castps_si512(a); }
+  template <int kBits>
+  static __m512i Next(__m512i codes) {
+    return _mm512_maskz_srli_epi32(0xFFFF, codes, kBits);
+  }
+  __m512 Look(__m512i codes) const { return _mm512_maskz_permutexvar_ps(0xFFFF, codes, words_); }
+  __m512 words_;
+};
+
 }  // namespace
 }  // namespace vqonnx

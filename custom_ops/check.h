@@ -137,6 +137,18 @@ inline Sample RandomSample(unsigned seed) {
   return sample;
 }
 
+inline std::vector<float> Values(Random& random, size_t count, bool special) {
+  std::vector<float> values(count);
+  for (float& value : values) value = Value(random, special);
+  return values;
+}
+
+// Whether `got` may be the float32 sum of terms whose sum is `want` and whose magnitudes add up to `scale`.
+inline bool Close(float got, double want, double scale) {
+  if (!std::isfinite(scale)) return true;  // decided by the order of the sum
+  return std::fabs(static_cast<double>(got) - want) <= 1e-5 * scale + 1e-30;
+}
+
 inline bool Same(float a, float b) {
   if (std::isnan(a) || std::isnan(b)) return std::isnan(a) && std::isnan(b);
   return std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b);
@@ -185,6 +197,7 @@ void Bench(const std::vector<const Kernels*>& tables);
 
 // Linear layers: their kernels, whole layers, the error of tables, and nodes that make no sense.
 void CheckLayerKernels(const Kernels& kernels, unsigned seed);
+void CheckDots(const Kernels& kernels, unsigned seed);
 void CheckLayers(const Kernels& kernels, unsigned seed);
 void CheckErrors(const Kernels& kernels);
 void FuzzLayers(const Kernels& kernels, unsigned seeds);

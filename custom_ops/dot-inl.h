@@ -133,6 +133,7 @@ void DotWidth(const Dot& d) {
 
 void DotProducts(const Dot& d) {
   const Coded& m = d.matrix;
+  if (DotFewWords<ProductTable>(d)) return;
   const bool direct = m.books == 1 && m.bits <= 8 && m.stages <= kMaxStages && d.cols >= 8 * m.width;
   if (direct && m.width % Wide::kLanes == 0) return DotWidth<Wide>(d);
   if (direct && m.width % Middle::kLanes == 0) return DotWidth<Middle>(d);

@@ -69,6 +69,10 @@ struct WordTable {
   const float* words_;
 };
 
+struct ProductTable {
+  static constexpr std::size_t kWords = 0;
+};
+
 bool DecodeScalarCodes(const Coded&, std::size_t, std::size_t, std::size_t, float, float*) { return false; }
 
 }  // namespace
@@ -166,6 +170,7 @@ const Kernels kPortable = {.name = "portable",
                            .transpose = Transpose,
                            .decode_panel = DecodePanel,
                            .dot = DotProducts,
+                           .table_words = ProductTable::kWords,
                            .tile_lanes = kTileLanes,
                            .tile_count = kTileCount,
                            .tile_windows = TileWindows,

@@ -52,6 +52,7 @@ int main(int argc, char** argv) {
       CheckKernels(*kernels, RandomSample(seed));
       CheckPlan(*kernels, seed);
       CheckLayerKernels(*kernels, seed);
+      CheckDots(*kernels, seed);
       if (seed % 4 == 0) CheckLayers(*kernels, seed);
     }
     CheckErrors(*kernels);

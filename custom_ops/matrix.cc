@@ -17,6 +17,7 @@ constexpr size_t kParts = 8;      // of the inputs, then: never more, so that su
 constexpr size_t kPieceRows = 4;  // otherwise
 constexpr size_t kPieceOutputs = 1024;
 constexpr size_t kDotOutputs = 64;
+constexpr size_t kTableOutputs = 512;  // where a task makes tables of products; half of it if there are few outputs
 
 // What a task needs for lookups, and `floats` more.
 struct Room {
@@ -53,6 +54,11 @@ Matrix::Matrix(const Inputs& inputs, std::span<const std::int64_t> perm, bool tr
   lookup_.emplace(weight_, static_cast<const std::uint8_t*>(inputs.codes.data), std::vector<size_t>{0}, kernels);
   if (precision == Precision::kTables) return;
   if (!lookup_->Pays(precision == Precision::kFast, 1.0, 1.0)) lookup_.reset();
+}
+
+bool Matrix::HasFewWords() const {
+  const Coded& m = weight_.coded();
+  return weight_.by_output() && m.words <= kernels_->table_words && m.books == 1 && m.bits <= 8;
 }
 
 void Matrix::Run(const Call& call, size_t rows, const Tasks& tasks) const {
@@ -126,9 +132,11 @@ void Matrix::RunManyRows(const Call& call, size_t rows, const Tasks& tasks) cons
 void Matrix::RunDots(const Call& call, size_t rows, const Tasks& tasks) const {
   Coded matrix = weight_.coded();
   matrix.codes = call.codes;
-  tasks.Each(Ceil(outputs(), kDotOutputs), [&](size_t task) {
-    const size_t first = task * kDotOutputs, count = std::min(kDotOutputs, outputs() - first);
-    alignas(64) float sums[kMostDots * kDotOutputs];
+  const size_t table_outputs = outputs() < 4 * kTableOutputs ? kTableOutputs / 2 : kTableOutputs;
+  const size_t most = HasFewWords() ? table_outputs : kDotOutputs;
+  tasks.Each(Ceil(outputs(), most), [&](size_t task) {
+    const size_t first = task * most, count = std::min(most, outputs() - first);
+    alignas(64) float sums[kMostDots * kTableOutputs];
     kernels_->dot({.matrix = matrix,
                    .row = first,
                    .rows = count,
@@ -137,8 +145,8 @@ void Matrix::RunDots(const Call& call, size_t rows, const Tasks& tasks) const {
                    .x_stride = weight_.depth(),
                    .batch = rows,
                    .out = sums,
-                   .out_stride = kDotOutputs});
-    for (size_t row = 0; row < rows; ++row) FinishRow(call, row, first, count, sums + row * kDotOutputs);
+                   .out_stride = most});
+    for (size_t row = 0; row < rows; ++row) FinishRow(call, row, first, count, sums + row * most);
   });
 }
 
