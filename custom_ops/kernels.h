@@ -107,7 +107,7 @@ struct Depthwise {
 // of `SetPlace`.
 constexpr std::size_t kTableWords = 256;
 constexpr std::size_t kTableBytes = 2 * kTableWords;
-constexpr std::size_t kTableBlocks = 32;  // most blocks whose tables are summed at once: 16 KB, with room for codes
+constexpr std::size_t kTableBlocks = 64;  // most blocks whose tables are summed at once: 32 KB of tables
 constexpr std::size_t kSetRows = 64;
 constexpr std::size_t kMostSets = 4;  // that are summed at once
 

@@ -22,6 +22,10 @@ constexpr float kHuge = 1e18F, kTiny = 1e-18F;
 // Inputs that share a scale, and so feel the largest of them.
 constexpr size_t kChunkInputs = 512;
 constexpr size_t kFetchedEarly = 16384;
+// Codes of more bytes come from far, and tables must leave room for them in the nearest cache while they do.
+constexpr size_t kNear = size_t{1} << 20;
+
+size_t MostTables(size_t codes) { return codes > kNear ? kTableBlocks / 2 : kTableBlocks; }
 
 }  // namespace
 
@@ -46,7 +50,10 @@ Lookup::Lookup(const Weight& weight, const std::uint8_t* codes, std::vector<size
       outputs_(weight.outputs()),
       padded_outputs_(Ceil(outputs_, kSetRows) * kSetRows),
       tap_blocks_(Ceil(weight.depth() / tap_class.size(), width_)),
-      chunk_blocks_(std::min({tap_blocks_, kTableBlocks / stages_, std::max<size_t>(1, kChunkInputs / width_)})),
+      chunk_blocks_(
+          std::min({tap_blocks_,
+                    std::max<size_t>(1, MostTables(stages_ * padded_outputs_ * Ceil(weight.depth(), width_)) / stages_),
+                    std::max<size_t>(1, kChunkInputs / width_)})),
       scales_(weight.scales().data()) {
   const size_t class_count = *std::max_element(tap_class.begin(), tap_class.end()) + 1;
   for (size_t index = 0; index < class_count; ++index) {

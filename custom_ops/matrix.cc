@@ -13,7 +13,7 @@ using std::size_t;
 constexpr size_t kBlockRows = 1024;  // rows of x that share a decoded piece of the weight
 
 constexpr size_t kFewRows = 8;    // that share each chunk of codes while it is near, whoever has it
-constexpr size_t kParts = 8;      // of the inputs, then: never more, so that sums do not depend on threads
+constexpr size_t kParts = 8;      // of the inputs, then: a fixed number, so that sums never depend on threads
 constexpr size_t kPieceRows = 4;  // otherwise
 constexpr size_t kPieceOutputs = 1024;
 constexpr size_t kDotOutputs = 64;
@@ -86,7 +86,7 @@ void Matrix::RunFewRows(const Call& call, size_t rows, const Tasks& tasks) const
   if (rows == 0) return;
   const Lookup& lookup = *lookup_;
   const size_t depth = weight_.depth(), outputs = weight_.outputs(), padded = lookup.padded_outputs();
-  const size_t parts = std::min(Ceil(lookup.chunks(), 2), kParts);
+  const size_t parts = std::min(lookup.chunks(), kParts);
   Scratch scratch(Use::kRun, Scratch::Room<float>(parts * rows * padded));
   auto* sums = scratch.Take<float>(parts * rows * padded);
   tasks.Each(parts, [&](size_t part) {
