@@ -46,16 +46,17 @@ struct Node {
   }
 };
 
-// A layer with one codebook of 256 words.
-inline Node Usual(Random& random, size_t rows, size_t cols, size_t width, const Dims& sizes, const Dims& perm) {
+// A layer with one codebook of as many words as codes of `bits` bits can name.
+inline Node Usual(Random& random, size_t rows, size_t cols, size_t width, const Dims& sizes, const Dims& perm,
+                  size_t bits = 8) {
   Node node;
   node.sample.seed = 1;
   node.sample = {.stages = 1,
                  .rows = rows,
                  .groups = cols / width,
-                 .bits = 8,
+                 .bits = bits,
                  .books = 1,
-                 .words = 256,
+                 .words = size_t{1} << bits,
                  .width = width,
                  .cols = cols,
                  .seed = 1,
@@ -64,7 +65,7 @@ inline Node Usual(Random& random, size_t rows, size_t cols, size_t width, const 
                  .codebooks = {},
                  .scales = {}};
   Fill(node.sample, random, false);
-  node.layout = {8, static_cast<std::int64_t>(cols)};
+  node.layout = {static_cast<std::int64_t>(bits), static_cast<std::int64_t>(cols)};
   node.layout.insert(node.layout.end(), sizes.begin(), sizes.end());
   node.perm = perm;
   return node;

@@ -35,6 +35,9 @@ struct Call {
 // them wherever there can be some, for checks.
 enum class Precision { kAuto, kExact, kFast, kTables };
 
+// Products of numbers that a processor with tables does in a cycle otherwise, about.
+constexpr double kProductsInCycle = 29.0;
+
 // y[n, o] = sum over k of x[n, k] * weight[o, k]
 class Matrix {
  public:
@@ -58,6 +61,7 @@ class Matrix {
   const Kernels* kernels_;
   Weight weight_;
   std::optional<Lookup> lookup_;
+  bool few_by_tables_ = false, many_by_tables_ = false;  // rows that are computed so
 };
 
 // A convolution of one or two axes.

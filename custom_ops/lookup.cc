@@ -27,12 +27,46 @@ constexpr size_t kNear = size_t{1} << 20;
 
 size_t MostTables(size_t codes) { return codes > kNear ? kTableBlocks / 2 : kTableBlocks; }
 
+constexpr size_t kMostWidth = kTileDepth / kOctet;
+
+// How many neighbouring codes are taken as one: all of a byte, where they fill it. Then fewer are looked up, and the
+// bytes are taken as they are.
+size_t JoinedCodes(const Weight& weight, size_t taps) {
+  const Coded& m = weight.coded();
+  if (m.books != 1 || 8 % m.bits != 0) return 1;
+  const size_t count = 8 / m.bits, width = count * m.width;
+  return width <= kMostWidth && (taps == 1 || weight.depth() / taps % width == 0) ? count : 1;
+}
+
 }  // namespace
+
+// The weight's codes, `joined` of them as one: words are then all that so many words can make, one after the other.
+struct Lookup::Form {
+  Form(const Weight& weight, size_t taps) : joined(JoinedCodes(weight, taps)), coded(weight.coded()) {
+    if (joined == 1) return;
+    const Coded& m = weight.coded();
+    coded.bits = 8;
+    coded.words = kTableWords;
+    coded.width = joined * m.width;
+    words.assign(m.stages * kTableWords * coded.width, 0.0F);
+    for (size_t i = 0; i < m.stages * kTableWords * joined; ++i) {
+      const size_t part = i % joined, code = i / joined % kTableWords, stage = i / joined / kTableWords;
+      const size_t word = code >> (part * m.bits) & ((size_t{1} << m.bits) - 1);
+      if (word >= m.words) continue;  // only beyond the last code of a row
+      std::copy_n(m.codebooks + (stage * m.words + word) * m.width, m.width, words.data() + i * m.width);
+    }
+    coded.codebooks = words.data();
+  }
+
+  size_t joined;
+  Coded coded;
+  std::vector<float> words;
+};
 
 bool Lookup::Possible(const Weight& weight, size_t taps, const Kernels& kernels) {
   const Coded& m = weight.coded();
   if (kernels.sum_tables == nullptr || !weight.by_output() || m.bits > 8 || m.stages > kTableBlocks) return false;
-  if (m.width < 2 || m.width > kTileDepth / kOctet) return false;
+  if (m.width * JoinedCodes(weight, taps) < 2 || m.width > kMostWidth) return false;
   const size_t inputs = weight.depth() / taps;
   if (taps > 1 && (inputs % m.width != 0 || (inputs / m.width) % m.books != 0)) return false;
   const float* end = m.codebooks + m.stages * m.books * m.words * m.width;
@@ -41,11 +75,16 @@ bool Lookup::Possible(const Weight& weight, size_t taps, const Kernels& kernels)
          std::fabs(most) > 1.0F / kHuge;
 }
 
-Lookup::Lookup(const Weight& weight, const std::uint8_t* codes, std::vector<size_t> tap_class, const Kernels& kernels)
+Lookup::Lookup(const Weight& weight, const std::uint8_t* codes, const std::vector<size_t>& tap_class,
+               const Kernels& kernels)
+    : Lookup(weight, Form(weight, tap_class.size()), codes, tap_class, kernels) {}
+
+Lookup::Lookup(const Weight& weight, const Form& form, const std::uint8_t* codes, const std::vector<size_t>& tap_class,
+               const Kernels& kernels)
     : kernels_(&kernels),
-      stages_(weight.coded().stages),
-      books_(weight.coded().books),
-      width_(weight.coded().width),
+      stages_(form.coded.stages),
+      books_(form.coded.books),
+      width_(form.coded.width),
       even_width_(width_ + width_ % 2),
       outputs_(weight.outputs()),
       padded_outputs_(Ceil(outputs_, kSetRows) * kSetRows),
@@ -69,12 +108,11 @@ Lookup::Lookup(const Weight& weight, const std::uint8_t* codes, std::vector<size
     }
     classes_.push_back({first_tile, tiles});
   }
-  PackCodebooks(weight);
-  PackCodes(weight, codes);
+  PackCodebooks(form.coded);
+  PackCodes(form.coded, codes, Ceil(weight.depth(), width_));
 }
 
-void Lookup::PackCodebooks(const Weight& weight) {
-  const Coded& m = weight.coded();
+void Lookup::PackCodebooks(const Coded& m) {
   const size_t count = stages_ * books_;
   float most = 0.0F;
   for (size_t i = 0; i < count * m.words * width_; ++i) most = std::max(most, std::fabs(m.codebooks[i]));
@@ -102,10 +140,8 @@ void Lookup::PackCodebooks(const Weight& weight) {
   }
 }
 
-void Lookup::PackCodes(const Weight& weight, const std::uint8_t* codes) {
-  const Coded& m = weight.coded();
+void Lookup::PackCodes(const Coded& m, const std::uint8_t* codes, size_t groups) {
   const size_t taps = sets_.size() / Ceil(outputs_, kSetRows);
-  const size_t groups = Ceil(weight.depth(), width_);
   codes_.assign(stages_ * tap_blocks_ * sets_.size() * kSetRows + kFetchedEarly, 0);
   const size_t row_room = Ceil(groups, kOctet) * kOctet;
   std::vector<std::uint8_t> rows(kSetRows * row_room);
@@ -216,16 +252,17 @@ bool Lookup::Suits(const float* x, size_t count) const {
   return extent.finite && std::isfinite(last) && Suits(std::max(extent.most, last));
 }
 
-// Cycles, about, measured on Zen 5.
-bool Lookup::Pays(bool any_error, double positions, double taps) const {
+bool Lookup::Allowed(bool any_error) const {
   constexpr double kMostError = 2.5e-4;
-  if (!any_error && (!kernels_->tables_pay || error_ > kMostError)) return false;
+  return any_error || (kernels_->tables_pay && error_ <= kMostError);
+}
+
+double Lookup::Cycles(double positions, double taps) const {
   const auto pairs = static_cast<double>(even_width_ / 2), blocks = static_cast<double>(tap_blocks_);
   const auto tables = static_cast<double>(stages_) * blocks, sets = static_cast<double>(padded_outputs_ / kSetRows);
   const double build = 30.0 + 8.0 * blocks + tables * (12.0 + 8.5 * pairs);
   const double sum = sets * (tables * 4.4 + 14.0);
-  const double products = taps * blocks * static_cast<double>(width_ * outputs_);
-  return positions * build + taps * sum < products / 29.0;
+  return positions * build + taps * sum;
 }
 
 }  // namespace vqonnx

@@ -15,7 +15,8 @@
 
 namespace vqonnx {
 
-// The weight's codes in the order in which lookups read them, and its codebooks in 16 bits.
+// The weight's codes in the order in which lookups read them, and its codebooks in 16 bits. Codes of 1, 2 and 4 bits
+// are joined to bytes where that is possible; a block is then that of all of them.
 //
 // A column of the weight is a tap and an input, inputs running fastest; all taps of an input share its tables. Sets of
 // kSetRows outputs of one tap are looked up together, and tiles of up to kMostSets sets; the sets of a tap class are
@@ -24,7 +25,8 @@ namespace vqonnx {
 class Lookup {
  public:
   // `tap_class` is the class of each tap, counted from 0. The codes are read now and not kept.
-  Lookup(const Weight& weight, const std::uint8_t* codes, std::vector<std::size_t> tap_class, const Kernels& kernels);
+  Lookup(const Weight& weight, const std::uint8_t* codes, const std::vector<std::size_t>& tap_class,
+         const Kernels& kernels);
 
   // Whether there can be tables at all for blocks that do not cross taps.
   static bool Possible(const Weight& weight, std::size_t taps, const Kernels& kernels);
@@ -77,15 +79,21 @@ class Lookup {
   static bool Suits(float most);
   bool Suits(const float* x, std::size_t count) const;
 
-  // Whether lookups are faster than multiplications, for a layer that for each output position makes the tables of so
-  // many input positions and looks up so many taps; and whether their error is small, unless `any_error`.
-  bool Pays(bool any_error, double positions, double taps) const;
+  // Whether lookups may be taken at all: where the instruction set has them, and their error is small or any will do.
+  bool Allowed(bool any_error) const;
+
+  // What they take, about, measured on Zen 5, for a layer that for each output position makes the tables of so many
+  // input positions and looks up so many taps.
+  double Cycles(double positions, double taps) const;
 
   std::size_t width() const { return width_; }
 
  private:
-  void PackCodebooks(const Weight& weight);
-  void PackCodes(const Weight& weight, const std::uint8_t* codes);
+  struct Form;
+  Lookup(const Weight& weight, const Form& form, const std::uint8_t* codes, const std::vector<std::size_t>& tap_class,
+         const Kernels& kernels);
+  void PackCodebooks(const Coded& m);
+  void PackCodes(const Coded& m, const std::uint8_t* codes, std::size_t groups);  // of a row
 
   const Kernels* kernels_;
   std::size_t stages_, books_, width_, even_width_, outputs_, padded_outputs_;

@@ -52,8 +52,17 @@ Matrix::Matrix(const Inputs& inputs, std::span<const std::int64_t> perm, bool tr
   if (weight_.shape().size() != 2) throw Invalid("the weight is " + Text(weight_.shape()) + "; it must have 2 axes");
   if (precision == Precision::kExact || !Lookup::Possible(weight_, 1, kernels)) return;
   lookup_.emplace(weight_, static_cast<const std::uint8_t*>(inputs.codes.data), std::vector<size_t>{0}, kernels);
-  if (precision == Precision::kTables) return;
-  if (!lookup_->Pays(precision == Precision::kFast, 1.0, 1.0)) lookup_.reset();
+  few_by_tables_ = many_by_tables_ = precision == Precision::kTables;
+  if (lookup_->Allowed(precision == Precision::kFast)) {
+    constexpr double kFewWordsCode = 0.15, kCode = 0.6;  // cycles that a dot product takes for each code
+    const Coded& m = weight_.coded();
+    const auto products = static_cast<double>(weight_.outputs() * weight_.depth());
+    const auto codes = static_cast<double>(weight_.outputs() * Ceil(weight_.depth(), m.width) * m.stages);
+    const double cycles = lookup_->Cycles(1.0, 1.0);
+    few_by_tables_ |= cycles < codes * (HasFewWords() ? kFewWordsCode : kCode);
+    many_by_tables_ |= cycles < products / kProductsInCycle;
+  }
+  if (!few_by_tables_ && !many_by_tables_) lookup_.reset();
 }
 
 bool Matrix::HasFewWords() const {
@@ -62,7 +71,8 @@ bool Matrix::HasFewWords() const {
 }
 
 void Matrix::Run(const Call& call, size_t rows, const Tasks& tasks) const {
-  if (!lookup_ || !lookup_->Suits(call.x, rows * weight_.depth())) return RunExact(call, rows, tasks);
+  const bool by_tables = rows <= kFewRows ? few_by_tables_ : many_by_tables_;
+  if (!by_tables || !lookup_->Suits(call.x, rows * weight_.depth())) return RunExact(call, rows, tasks);
   if (rows <= kFewRows) return RunFewRows(call, rows, tasks);
   RunManyRows(call, rows, tasks);
 }

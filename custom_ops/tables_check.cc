@@ -42,10 +42,13 @@ void CheckError(const Kernels& kernels, const Node& node, const std::string& wha
 void CheckErrors(const Kernels& kernels) {
   if (kernels.sum_tables == nullptr) return;
   Random random(1);
-  for (const size_t width : {4, 8, 16}) {
+  struct Form {
+    size_t width, bits;
+  };
+  for (const auto& [width, bits] : {Form{4, 8}, {8, 8}, {16, 8}, {1, 4}, {4, 4}, {1, 2}, {1, 1}, {2, 1}}) {
     for (const auto& [outputs, inputs] : {std::pair<size_t, size_t>{250, 512}, {128, 2048}, {512, 1024}}) {
       const Node node = Usual(random, outputs, inputs, width,
-                              {static_cast<std::int64_t>(outputs), static_cast<std::int64_t>(inputs)}, {0, 1});
+                              {static_cast<std::int64_t>(outputs), static_cast<std::int64_t>(inputs)}, {0, 1}, bits);
       const std::vector<float> bias(outputs, 0.0F);
       const auto run = [&](Precision precision, const std::vector<float>& x) {
         std::vector<float> out(outputs);
@@ -58,7 +61,7 @@ void CheckErrors(const Kernels& kernels) {
     }
     for (const auto& [channels, size] : {std::pair<size_t, size_t>{64, 12}, {128, 6}, {256, 4}}) {
       const auto c = static_cast<std::int64_t>(channels), s = static_cast<std::int64_t>(size);
-      const Node node = Usual(random, channels, channels * 9, width, {c, 3, 3, c}, {0, 3, 1, 2});
+      const Node node = Usual(random, channels, channels * 9, width, {c, 3, 3, c}, {0, 3, 1, 2}, bits);
       const std::vector<float> bias(channels, 0.0F);
       const Dims ones = {1, 1}, pads = {1, 1, 1, 1}, shape = {1, c, s, s};
       const auto run = [&](Precision precision, const std::vector<float>& x) {

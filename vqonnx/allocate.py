@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import ceil
 
+import numpy as np
+
 from vqonnx.errors import OptionError
 from vqonnx.lagrange import Curve, allocate, least_rate
 from vqonnx.menu import Menu
@@ -46,6 +48,7 @@ class Sharing:
         self._offered: dict[int, float] = {}
         self._ratios: dict[int, float] = {}  # what a layer took for each byte that it had offered, when it last did
         self._start: dict[int, float] = {}  # what a layer would have had
+        self._held: dict[int, float] = {}  # the most that a layer may offer
 
     @property
     def least(self) -> float:
@@ -56,6 +59,15 @@ class Sharing:
     def most(self) -> float:
         """The bytes that they have a use for."""
         return float(sum(menu.curve.rates[-1] for menu in self._menus.values()))
+
+    @property
+    def offered(self) -> Mapping[int, float]:
+        """What layers offered in bytes, by their numbers, when they last chose."""
+        return dict(self._offered)
+
+    def hold(self, number: int, rate: float) -> None:
+        """From now on layer ``number`` offers ``rate`` bytes at most, one of its own offers."""
+        self._held[number] = rate
 
     def restart(self, limit: float | None = None) -> None:
         """Begin anew, with ``limit`` bytes for all layers that share, or with the bits of their methods.
@@ -108,7 +120,9 @@ class Sharing:
         curves = []
         for number in numbers:
             curve = self._menus[number].weighted
-            curves.append(Curve(curve.rates * self._ratios.get(number, mean), curve.errors, curve.choices))
+            kept = slice(int(np.searchsorted(curve.rates, self._held.get(number, np.inf), side="right")))
+            rates = curve.rates[kept] * self._ratios.get(number, mean)
+            curves.append(Curve(rates, curve.errors[kept], curve.choices[kept]))
         return curves
 
     def _from_bits(self, method: Budgeted, numbers: Sequence[int]) -> float:
