@@ -105,16 +105,19 @@ CASES = (
     Case("gemm-4096-batch1-cold-avx2", "gemm", (*_LARGE, 1), {"fp32": (3.5, 5.5)}, cold=True, isa="avx2"),
     *(
         Case(
-            f"gemm-4096-batch1-cold-16-words-width{width}{f'-{isa}' if isa else ''}",
+            f"gemm-4096-batch1-cold-{words}-words-width{width}{f'-{isa}' if isa else ''}",
             "gemm",
             (*_LARGE, 1),
             cold=True,
             isa=isa,
             width=width,
-            words=16,
+            words=words,
         )
-        for width in (1, 4)
-        for isa in (None, "avx512", "avx2")
+        for words, width, isa in (
+            *((16, width, isa) for width in (1, 4) for isa in (None, "avx512", "avx2")),
+            (8, 1, None),
+            (64, 1, None),
+        )
     ),
     *(Case(f"conv3x3-{c}-hwi8", "conv", (c, c, 3, size), {"fp32": goal}) for c, size, goal in _CONVS),
     *(

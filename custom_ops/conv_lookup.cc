@@ -85,11 +85,13 @@ void Conv::PlanLookup(const std::uint8_t* codes, Precision precision) {
       if (place == tap_remainders_.end()) tap_remainders_.push_back(remainders);
     }
   }
-  lookup_.emplace(weight_, codes, tap_class, *kernels_);
-  const double cycles = lookup_->Cycles(static_cast<double>(tap_remainders_.size()), static_cast<double>(taps));
+  const bool always = precision == Precision::kTables;
   const auto products = static_cast<double>(weight_.outputs() * weight_.depth());
-  const bool pays = lookup_->Allowed(precision == Precision::kFast) && cycles < products / kProductsInCycle;
-  if (precision != Precision::kTables && !pays) return lookup_.reset();
+  const double cycles =
+      Lookup::Cycles(weight_, taps, static_cast<double>(tap_remainders_.size()), static_cast<double>(taps));
+  if (!always && cycles >= products / kProductsInCycle) return;
+  lookup_.emplace(weight_, codes, tap_class, *kernels_);
+  if (!always && !lookup_->Allowed(precision == Precision::kFast)) return lookup_.reset();
   for (const Lookup::Set& set : lookup_->sets()) {
     set_steps_.push_back({set.tap / window_.kernel[1] * window_.dilation[0] / window_.stride[0],
                           set.tap % window_.kernel[1] * window_.dilation[1] / window_.stride[1]});

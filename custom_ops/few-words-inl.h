@@ -166,8 +166,9 @@ bool DotFewWords(const Dot& d) {
     if (m.bits == 2) return DotTables<Table, 2>(d), true;
     if (m.bits == 4) return DotTables<Table, 4>(d), true;
     return DotTables<Table, 8>(d), true;
+  } else {
+    return false;
   }
-  return false;
 }
 
 }  // namespace

@@ -29,11 +29,10 @@ size_t MostTables(size_t codes) { return codes > kNear ? kTableBlocks / 2 : kTab
 
 constexpr size_t kMostWidth = kTileDepth / kOctet;
 
-// How many neighbouring codes are taken as one: all of a byte, where they fill it. Then fewer are looked up, and the
-// bytes are taken as they are.
+// How many neighbouring codes are taken as one, of as many bits together: then fewer are looked up.
 size_t JoinedCodes(const Weight& weight, size_t taps) {
   const Coded& m = weight.coded();
-  if (m.books != 1 || 8 % m.bits != 0) return 1;
+  if (m.books != 1 || m.bits > 4) return 1;
   const size_t count = 8 / m.bits, width = count * m.width;
   return width <= kMostWidth && (taps == 1 || weight.depth() / taps % width == 0) ? count : 1;
 }
@@ -45,12 +44,12 @@ struct Lookup::Form {
   Form(const Weight& weight, size_t taps) : joined(JoinedCodes(weight, taps)), coded(weight.coded()) {
     if (joined == 1) return;
     const Coded& m = weight.coded();
-    coded.bits = 8;
-    coded.words = kTableWords;
+    coded.bits = joined * m.bits;
+    coded.words = size_t{1} << coded.bits;
     coded.width = joined * m.width;
-    words.assign(m.stages * kTableWords * coded.width, 0.0F);
-    for (size_t i = 0; i < m.stages * kTableWords * joined; ++i) {
-      const size_t part = i % joined, code = i / joined % kTableWords, stage = i / joined / kTableWords;
+    words.assign(m.stages * coded.words * coded.width, 0.0F);
+    for (size_t i = 0; i < m.stages * coded.words * joined; ++i) {
+      const size_t part = i % joined, code = i / joined % coded.words, stage = i / joined / coded.words;
       const size_t word = code >> (part * m.bits) & ((size_t{1} << m.bits) - 1);
       if (word >= m.words) continue;  // only beyond the last code of a row
       std::copy_n(m.codebooks + (stage * m.words + word) * m.width, m.width, words.data() + i * m.width);
@@ -66,7 +65,7 @@ struct Lookup::Form {
 bool Lookup::Possible(const Weight& weight, size_t taps, const Kernels& kernels) {
   const Coded& m = weight.coded();
   if (kernels.sum_tables == nullptr || !weight.by_output() || m.bits > 8 || m.stages > kTableBlocks) return false;
-  if (m.width * JoinedCodes(weight, taps) < 2 || m.width > kMostWidth) return false;
+  if (m.width > kMostWidth) return false;
   const size_t inputs = weight.depth() / taps;
   if (taps > 1 && (inputs % m.width != 0 || (inputs / m.width) % m.books != 0)) return false;
   const float* end = m.codebooks + m.stages * m.books * m.words * m.width;
@@ -257,12 +256,15 @@ bool Lookup::Allowed(bool any_error) const {
   return any_error || (kernels_->tables_pay && error_ <= kMostError);
 }
 
-double Lookup::Cycles(double positions, double taps) const {
-  const auto pairs = static_cast<double>(even_width_ / 2), blocks = static_cast<double>(tap_blocks_);
-  const auto tables = static_cast<double>(stages_) * blocks, sets = static_cast<double>(padded_outputs_ / kSetRows);
+double Lookup::Cycles(const Weight& weight, size_t taps, double positions, double lookups) {
+  const size_t width = JoinedCodes(weight, taps) * weight.coded().width;
+  const auto pairs = static_cast<double>(Ceil(width, 2)),
+             blocks = static_cast<double>(Ceil(weight.depth() / taps, width));
+  const auto tables = static_cast<double>(weight.coded().stages) * blocks;
+  const auto sets = static_cast<double>(Ceil(weight.outputs(), kSetRows));
   const double build = 30.0 + 8.0 * blocks + tables * (12.0 + 8.5 * pairs);
   const double sum = sets * (tables * 4.4 + 14.0);
-  return positions * build + taps * sum;
+  return positions * build + lookups * sum;
 }
 
 }  // namespace vqonnx

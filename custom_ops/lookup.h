@@ -15,8 +15,8 @@
 
 namespace vqonnx {
 
-// The weight's codes in the order in which lookups read them, and its codebooks in 16 bits. Codes of 1, 2 and 4 bits
-// are joined to bytes where that is possible; a block is then that of all of them.
+// The weight's codes in the order in which lookups read them, and its codebooks in 16 bits. Codes of up to 4 bits
+// are joined to longer ones where that is possible; a block is then that of all of them.
 //
 // A column of the weight is a tap and an input, inputs running fastest; all taps of an input share its tables. Sets of
 // kSetRows outputs of one tap are looked up together, and tiles of up to kMostSets sets; the sets of a tap class are
@@ -30,6 +30,10 @@ class Lookup {
 
   // Whether there can be tables at all for blocks that do not cross taps.
   static bool Possible(const Weight& weight, std::size_t taps, const Kernels& kernels);
+
+  // What they would take, about, measured on Zen 5, for a layer that for each output position makes the tables of so
+  // many input positions and looks up so many taps.
+  static double Cycles(const Weight& weight, std::size_t taps, double positions, double lookups);
 
   // The relative error to be expected, of inputs that are alike.
   double error() const { return error_; }
@@ -79,12 +83,8 @@ class Lookup {
   static bool Suits(float most);
   bool Suits(const float* x, std::size_t count) const;
 
-  // Whether lookups may be taken at all: where the instruction set has them, and their error is small or any will do.
+  // Whether their error is small, or any will do, and the instruction set is one in which they can pay.
   bool Allowed(bool any_error) const;
-
-  // What they take, about, measured on Zen 5, for a layer that for each output position makes the tables of so many
-  // input positions and looks up so many taps.
-  double Cycles(double positions, double taps) const;
 
   std::size_t width() const { return width_; }
 

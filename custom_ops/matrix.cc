@@ -51,18 +51,19 @@ Matrix::Matrix(const Inputs& inputs, std::span<const std::int64_t> perm, bool tr
     : kernels_(&kernels), weight_(inputs, perm, transposed ? 0 : 1, kernels) {
   if (weight_.shape().size() != 2) throw Invalid("the weight is " + Text(weight_.shape()) + "; it must have 2 axes");
   if (precision == Precision::kExact || !Lookup::Possible(weight_, 1, kernels)) return;
+  constexpr double kFewWordsCode = 0.15, kCode = 0.6;  // cycles that a dot product takes for each code
+  const Coded& m = weight_.coded();
+  const bool always = precision == Precision::kTables;
+  const auto products = static_cast<double>(weight_.outputs() * weight_.depth());
+  const auto codes = static_cast<double>(weight_.outputs() * Ceil(weight_.depth(), m.width) * m.stages);
+  const double cycles = Lookup::Cycles(weight_, 1, 1.0, 1.0);
+  few_by_tables_ = always || cycles < codes * (HasFewWords() ? kFewWordsCode : kCode);
+  many_by_tables_ = always || cycles < products / kProductsInCycle;
+  if (!few_by_tables_ && !many_by_tables_) return;
   lookup_.emplace(weight_, static_cast<const std::uint8_t*>(inputs.codes.data), std::vector<size_t>{0}, kernels);
-  few_by_tables_ = many_by_tables_ = precision == Precision::kTables;
-  if (lookup_->Allowed(precision == Precision::kFast)) {
-    constexpr double kFewWordsCode = 0.15, kCode = 0.6;  // cycles that a dot product takes for each code
-    const Coded& m = weight_.coded();
-    const auto products = static_cast<double>(weight_.outputs() * weight_.depth());
-    const auto codes = static_cast<double>(weight_.outputs() * Ceil(weight_.depth(), m.width) * m.stages);
-    const double cycles = lookup_->Cycles(1.0, 1.0);
-    few_by_tables_ |= cycles < codes * (HasFewWords() ? kFewWordsCode : kCode);
-    many_by_tables_ |= cycles < products / kProductsInCycle;
-  }
-  if (!few_by_tables_ && !many_by_tables_) lookup_.reset();
+  if (always || lookup_->Allowed(precision == Precision::kFast)) return;
+  lookup_.reset();
+  few_by_tables_ = many_by_tables_ = false;
 }
 
 bool Matrix::HasFewWords() const {

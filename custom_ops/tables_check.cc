@@ -45,7 +45,8 @@ void CheckErrors(const Kernels& kernels) {
   struct Form {
     size_t width, bits;
   };
-  for (const auto& [width, bits] : {Form{4, 8}, {8, 8}, {16, 8}, {1, 4}, {4, 4}, {1, 2}, {1, 1}, {2, 1}}) {
+  for (const auto& [width, bits] :
+       {Form{4, 8}, {8, 8}, {16, 8}, {1, 8}, {1, 6}, {1, 4}, {4, 4}, {2, 3}, {1, 2}, {1, 1}}) {
     for (const auto& [outputs, inputs] : {std::pair<size_t, size_t>{250, 512}, {128, 2048}, {512, 1024}}) {
       const Node node = Usual(random, outputs, inputs, width,
                               {static_cast<std::int64_t>(outputs), static_cast<std::int64_t>(inputs)}, {0, 1}, bits);
