@@ -202,13 +202,16 @@ def test_the_table_of_speeds(speed: ModuleType, tmp_path: Path, monkeypatch: pyt
     times = {"vqonnx": 10.0, "fp32": 100.0, "int4": 21.0}
     content = {"microseconds": times, "ratios": {"fp32": 10.0, "int4": 2.1}, "setting": "somewhere"}
     (tmp_path / "gemm-1000x2048-batch1-hot.json").write_text(json.dumps(content))
-    memory = {"megabytes": {"vqonnx": 7.5, "fp32": 110.0}, "setting": "somewhere"}
+    memory = {"megabytes": {"vqonnx": 7.5, "fp32": 110.0}, "file": 4.0, "setting": "somewhere"}
     (tmp_path / "resnet50-hwi8-memory.json").write_text(json.dumps(memory))
+    memory["megabytes"] = {"vqonnx": 15.5, "fp32": 110.0}  # more than 1.3 times the file and 10 MB
+    (tmp_path / "mlp-8x4096-memory.json").write_text(json.dumps(memory))
     rows = speed.table().splitlines()
     assert rows[2:] == [
         "| gemm-1000x2048-batch1-hot | 1 | fp32 | 8x | 12x | 10.00x | 10.0 | 100.0 |  |",
         "| gemm-1000x2048-batch1-hot | 1 | int4 | 2.2x | 3x | **below** 2.10x | 10.0 | 21.0 |  |",
         "| resnet50-hwi8-memory | 1 | fp32: 110.0 MB | at most 20 MB | 8 MB | 7.5 MB | | | |",
+        "| mlp-8x4096-memory | 1 | fp32: 110.0 MB | at most 15.2 MB |  | **above** 15.5 MB | | | |",
         "",
         "somewhere",
     ]
