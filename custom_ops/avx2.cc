@@ -100,26 +100,22 @@ struct WordTable {
   static constexpr std::size_t kWords = 16;
   explicit WordTable(const float* words) : low_(Wide::Load(words)), high_(Wide::Load(words + 8)) {}
   __m256 At(const std::uint8_t* codes) const {
-    const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
-    const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 becomes the sign
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low_, index), _mm256_permutevar8x32_ps(high_, index), is_high);
-  }
-  __m256 low_, high_;
-};
-
-struct ProductTable {
-  static constexpr std::size_t kWords = 16;
-  explicit ProductTable(const float* words) : low_(Wide::Load(words)), high_(Wide::Load(words + 8)) {}
-  static __m256i FromFloats(__m256 a) { return _mm256_castps_si256(a); }
-  template <int kBits>
-  static __m256i Next(__m256i codes) {
-    return _mm256_srli_epi32(codes, kBits);
+    return Look(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
   }
   __m256 Look(__m256i codes) const {
     const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));  // bit 3 becomes the sign
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low_, codes), _mm256_permutevar8x32_ps(high_, codes), is_high);
   }
   __m256 low_, high_;
+};
+
+struct ProductTable : WordTable {
+  using WordTable::WordTable;
+  static __m256i FromFloats(__m256 a) { return _mm256_castps_si256(a); }
+  template <int kBits>
+  static __m256i Next(__m256i codes) {
+    return _mm256_srli_epi32(codes, kBits);
+  }
 };
 
 bool DecodeScalarCodes(const Coded&, std::size_t, std::size_t, std::size_t, float, float*) { return false; }
@@ -137,7 +133,7 @@ const Kernels kAvx2 = {.name = "avx2",
                        .transpose = Transpose,
                        .decode_panel = DecodePanel,
                        .dot = DotProducts,
-                       .table_words = ProductTable::kWords,
+                       .dot_has_tables = HasTables<ProductTable>,
                        .tile_lanes = kTileLanes,
                        .tile_count = kTileCount,
                        .tile_windows = TileWindows,

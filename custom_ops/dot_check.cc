@@ -26,25 +26,33 @@ void CheckDot(const Kernels& kernels, Sample sample, Random& random) {
   for (size_t b = 0; b < batch; ++b) {
     for (size_t row = 0; row < rows; ++row) {
       double want = 0.0, scale = 0.0;
+      bool overflows = false;  // a value whose words are finite
       for (size_t col = 0; col < sample.cols; ++col) {
-        const double product = double{sample.ValueAt(first + row, col)} * x[b * stride + col];
-        want += product;
-        for (size_t s = 0; s < sample.stages; ++s) {  // stages may cancel each other
-          const size_t word = (s * sample.books + col / sample.width % sample.books) * sample.words +
-                              sample.CodeAt(s, first + row, col / sample.width);
-          scale += std::fabs(double{sample.codebooks[word * sample.width + col % sample.width]} * x[b * stride + col]);
+        bool finite = true;
+        for (size_t s = 0; s < sample.stages; ++s) {  // one by one: they may cancel each other
+          const size_t place = (s * sample.books + col / sample.width % sample.books) * sample.words +
+                               sample.CodeAt(s, first + row, col / sample.width);
+          const float word = sample.codebooks[place * sample.width + col % sample.width];
+          const double product = double{word} * x[b * stride + col];
+          finite = finite && std::isfinite(word);
+          want += product;
+          scale += std::fabs(product);
         }
+        overflows = overflows || (finite && !std::isfinite(sample.ValueAt(first + row, col)));
       }
       const float got = out.data()[b * rows + row];
-      if (std::isfinite(scale) && scale > 1e37) continue;  // the order of the sum decides what overflows
-      if (std::isfinite(want) ? Close(got, want, scale) : !std::isfinite(got)) continue;
+      // What overflows on the way depends on the order; nothing else may come out without a word that is not finite.
+      const bool may_overflow = std::isfinite(scale) && (overflows || scale > 1e37);
+      if (!std::isfinite(got) ? may_overflow || !std::isfinite(want) : std::isfinite(want) && Close(got, want, scale)) {
+        continue;
+      }
       return Fail(kernels, sample, "dot differs at row " + std::to_string(row) + ", vector " + std::to_string(b));
     }
   }
 }
 
 // A matrix of many rows, with so few words that tables are made of them.
-Sample WithFewWords(const Kernels& kernels, unsigned seed) {
+Sample WithFewWords(unsigned seed) {
   Random random(seed);
   Sample sample = {};
   sample.seed = seed;
@@ -54,7 +62,7 @@ Sample WithFewWords(const Kernels& kernels, unsigned seed) {
   sample.rows = Pick(random, 0, 7) == 0 ? Pick(random, 500, 700) : Pick(random, 60, 260);
   sample.groups = Pick(random, 0, 2) ? Pick(random, 1, 40) : Pick(random, 60, 600);
   sample.books = 1;
-  sample.words = Pick(random, 1, std::min(size_t{1} << sample.bits, std::max<size_t>(kernels.table_words, 1)));
+  sample.words = Pick(random, 1, std::min<size_t>(size_t{1} << sample.bits, 16));
   sample.cols = sample.groups * sample.width - Pick(random, 0, sample.width - 1);
   Fill(sample, random, seed % 3 == 0);
   return sample;
@@ -65,7 +73,7 @@ Sample WithFewWords(const Kernels& kernels, unsigned seed) {
 void CheckDots(const Kernels& kernels, unsigned seed) {
   Random random(seed);
   CheckDot(kernels, RandomSample(seed), random);
-  CheckDot(kernels, WithFewWords(kernels, seed), random);
+  CheckDot(kernels, WithFewWords(seed), random);
 }
 
 }  // namespace vqonnx::check

@@ -61,7 +61,7 @@ void TurnCodes(const Coded& m, std::size_t stage, std::size_t row, std::size_t r
 template <class Table>
 void TurnWords(const Coded& m, std::size_t stage, float* words) {
   const float* book = m.codebooks + stage * m.words * m.width;
-  const std::size_t mask = m.bits < 8 ? (std::size_t{1} << m.bits) - 1 : 255;
+  const std::size_t mask = (std::size_t{1} << m.bits) - 1;
   for (std::size_t i = 0; i < m.width; ++i) {
     for (std::size_t w = 0; w < Table::kWords; ++w) {
       words[i * Table::kWords + w] = (w & mask) < m.words ? book[(w & mask) * m.width + i] : 0.0F;
@@ -135,8 +135,8 @@ void DotTables(const Dot& d) {
   const std::size_t all_blocks = (d.cols - 1) / m.width + 1;
   for (std::size_t first = 0; first < d.rows; first += kPassRows) {
     const std::size_t rows = d.rows - first < kPassRows ? d.rows - first : kPassRows;
-    for (auto& its : sums) {
-      for (float& sum : its) sum = 0.0F;
+    for (std::size_t b = 0; b < d.batch; ++b) {
+      for (float& sum : sums[b]) sum = 0.0F;
     }
     for (std::size_t stage = 0; stage < m.stages; ++stage) {
       TurnWords<Table>(m, stage, words);
@@ -156,15 +156,19 @@ void DotTables(const Dot& d) {
   }
 }
 
+template <class Table>
+bool HasTables(const Coded& m) {
+  return m.words <= Table::kWords && m.books == 1 && m.bits <= 8;
+}
+
 // Whether it has done the work of Kernels::dot.
 template <class Table>
 bool DotFewWords(const Dot& d) {
   if constexpr (Table::kWords > 0) {
-    const Coded& m = d.matrix;
-    if (m.words > Table::kWords || m.books != 1 || m.bits > 8 || d.rows < kFewestTableRows || d.cols == 0) return false;
-    if (m.bits == 1) return DotTables<Table, 1>(d), true;
-    if (m.bits == 2) return DotTables<Table, 2>(d), true;
-    if (m.bits == 4) return DotTables<Table, 4>(d), true;
+    if (!HasTables<Table>(d.matrix) || d.rows < kFewestTableRows || d.cols == 0) return false;
+    if (d.matrix.bits == 1) return DotTables<Table, 1>(d), true;
+    if (d.matrix.bits == 2) return DotTables<Table, 2>(d), true;
+    if (d.matrix.bits == 4) return DotTables<Table, 4>(d), true;
     return DotTables<Table, 8>(d), true;
   } else {
     return false;

@@ -178,9 +178,9 @@ struct Kernels {
   void (*decode_panel)(const Coded& matrix, std::size_t row, std::size_t rows, std::size_t group, std::size_t cols,
                        const float* scales, float* out);
 
-  // With codebooks of up to `table_words` words, tables of products are made for each call: then many rows pay.
+  // For some matrices each call of many rows makes tables of products: the more rows, the better.
   void (*dot)(const Dot& dot);
-  std::size_t table_words;
+  bool (*dot_has_tables)(const Coded& matrix);
 
   // A tile of sums. In `windows` the vectors are outputs and lie one after the other; the scalars are positions:
   //   sums[i][j] (+)= vectors[k * tile_lanes + j] * scalars[at[k] + i]

@@ -53,7 +53,6 @@ class Matrix {
  private:
   void RunExact(const Call& call, std::size_t rows, const Tasks& tasks) const;
   void RunDots(const Call& call, std::size_t rows, const Tasks& tasks) const;
-  bool HasFewWords() const;
   void RunFewRows(const Call& call, std::size_t rows, const Tasks& tasks) const;
   void RunManyRows(const Call& call, std::size_t rows, const Tasks& tasks) const;
   void FinishRow(const Call& call, std::size_t row, std::size_t output, std::size_t count, const float* sums) const;

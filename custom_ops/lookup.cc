@@ -25,7 +25,10 @@ constexpr size_t kFetchedEarly = 16384;
 // Codes of more bytes come from far, and tables must leave room for them in the nearest cache while they do.
 constexpr size_t kNear = size_t{1} << 20;
 
-size_t MostTables(size_t codes) { return codes > kNear ? kTableBlocks / 2 : kTableBlocks; }
+// Of a layer with so many codes in all its stages.
+size_t MostBlocks(size_t codes, size_t stages) {
+  return std::max<size_t>(1, (codes > kNear ? kTableBlocks / 2 : kTableBlocks) / stages);
+}
 
 constexpr size_t kMostWidth = kTileDepth / kOctet;
 
@@ -39,9 +42,10 @@ size_t JoinedCodes(const Weight& weight, size_t taps) {
 
 }  // namespace
 
-// The weight's codes, `joined` of them as one: words are then all that so many words can make, one after the other.
+// The weight's codes as lookups take them: words are all that joined words can make, one after the other.
 struct Lookup::Form {
-  Form(const Weight& weight, size_t taps) : joined(JoinedCodes(weight, taps)), coded(weight.coded()) {
+  Form(const Weight& weight, size_t taps) : coded(weight.coded()) {
+    const size_t joined = JoinedCodes(weight, taps);
     if (joined == 1) return;
     const Coded& m = weight.coded();
     coded.bits = joined * m.bits;
@@ -57,7 +61,6 @@ struct Lookup::Form {
     coded.codebooks = words.data();
   }
 
-  size_t joined;
   Coded coded;
   std::vector<float> words;
 };
@@ -89,8 +92,7 @@ Lookup::Lookup(const Weight& weight, const Form& form, const std::uint8_t* codes
       padded_outputs_(Ceil(outputs_, kSetRows) * kSetRows),
       tap_blocks_(Ceil(weight.depth() / tap_class.size(), width_)),
       chunk_blocks_(
-          std::min({tap_blocks_,
-                    std::max<size_t>(1, MostTables(stages_ * padded_outputs_ * Ceil(weight.depth(), width_)) / stages_),
+          std::min({tap_blocks_, MostBlocks(stages_ * padded_outputs_ * Ceil(weight.depth(), width_), stages_),
                     std::max<size_t>(1, kChunkInputs / width_)})),
       scales_(weight.scales().data()) {
   const size_t class_count = *std::max_element(tap_class.begin(), tap_class.end()) + 1;

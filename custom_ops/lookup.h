@@ -35,9 +35,6 @@ class Lookup {
   // many input positions and looks up so many taps.
   static double Cycles(const Weight& weight, std::size_t taps, double positions, double lookups);
 
-  // The relative error to be expected, of inputs that are alike.
-  double error() const { return error_; }
-
   struct Chunk {
     std::size_t first_block, blocks;  // of inputs; each has `stages` tables
     const std::uint8_t* codes;
@@ -109,7 +106,7 @@ class Lookup {
   double word_scale_ = 1.0, longest_word_ = 0.0;  // what words are rounded with, and their greatest length then
   float most_length_ = 0.0F;                      // that a rounded block of inputs may have
   float worth_ = 0.0F;                            // of a unit of a table, were the inputs not scaled
-  double error_ = 0.0;
+  double error_ = 0.0;                            // the relative one that is to be expected of inputs that are alike
 };
 
 }  // namespace vqonnx

@@ -57,18 +57,13 @@ Matrix::Matrix(const Inputs& inputs, std::span<const std::int64_t> perm, bool tr
   const auto products = static_cast<double>(weight_.outputs() * weight_.depth());
   const auto codes = static_cast<double>(weight_.outputs() * Ceil(weight_.depth(), m.width) * m.stages);
   const double cycles = Lookup::Cycles(weight_, 1, 1.0, 1.0);
-  few_by_tables_ = always || cycles < codes * (HasFewWords() ? kFewWordsCode : kCode);
+  few_by_tables_ = always || cycles < codes * (kernels.dot_has_tables(m) ? kFewWordsCode : kCode);
   many_by_tables_ = always || cycles < products / kProductsInCycle;
   if (!few_by_tables_ && !many_by_tables_) return;
   lookup_.emplace(weight_, static_cast<const std::uint8_t*>(inputs.codes.data), std::vector<size_t>{0}, kernels);
   if (always || lookup_->Allowed(precision == Precision::kFast)) return;
   lookup_.reset();
   few_by_tables_ = many_by_tables_ = false;
-}
-
-bool Matrix::HasFewWords() const {
-  const Coded& m = weight_.coded();
-  return weight_.by_output() && m.words <= kernels_->table_words && m.books == 1 && m.bits <= 8;
 }
 
 void Matrix::Run(const Call& call, size_t rows, const Tasks& tasks) const {
@@ -144,7 +139,7 @@ void Matrix::RunDots(const Call& call, size_t rows, const Tasks& tasks) const {
   Coded matrix = weight_.coded();
   matrix.codes = call.codes;
   const size_t table_outputs = outputs() < 4 * kTableOutputs ? kTableOutputs / 2 : kTableOutputs;
-  const size_t most = HasFewWords() ? table_outputs : kDotOutputs;
+  const size_t most = kernels_->dot_has_tables(weight_.coded()) ? table_outputs : kDotOutputs;
   tasks.Each(Ceil(outputs(), most), [&](size_t task) {
     const size_t first = task * most, count = std::min(most, outputs() - first);
     alignas(64) float sums[kMostDots * kTableOutputs];

@@ -97,11 +97,8 @@ struct WordTable {
   uint8x16x4_t bytes_;
 };
 
-struct ProductTable {
-  static constexpr std::size_t kWords = 16;
-  explicit ProductTable(const float* words) {
-    for (int i = 0; i < 4; ++i) bytes_.val[i] = vreinterpretq_u8_f32(vld1q_f32(words + 4 * i));
-  }
+struct ProductTable : WordTable {
+  using WordTable::WordTable;
   static uint32x4_t FromFloats(float32x4_t a) { return vreinterpretq_u32_f32(a); }
   template <int kBits>
   static uint32x4_t Next(uint32x4_t codes) {
@@ -112,7 +109,6 @@ struct ProductTable {
     const uint32x4_t places = vmlaq_n_u32(vdupq_n_u32(0x03020100), word, 0x04040404);
     return vreinterpretq_f32_u8(vqtbl4q_u8(bytes_, vreinterpretq_u8_u32(places)));
   }
-  uint8x16x4_t bytes_;
 };
 
 bool DecodeScalarCodes(const Coded&, std::size_t, std::size_t, std::size_t, float, float*) { return false; }
@@ -131,7 +127,7 @@ const Kernels kNeon = {.name = "neon",
                        .transpose = Transpose,
                        .decode_panel = DecodePanel,
                        .dot = DotProducts,
-                       .table_words = ProductTable::kWords,
+                       .dot_has_tables = HasTables<ProductTable>,
                        .tile_lanes = kTileLanes,
                        .tile_count = kTileCount,
                        .tile_windows = TileWindows,

@@ -123,13 +123,10 @@ def _within(attempt: Callable[[float | None], Result], wanted: int, sharing: Sha
             best = result
         if best is not None and _bytes(best) >= enough * wanted:
             break
-        if low in sizes and high in sizes and high - low < _JUMP * wanted:
-            steps = {layer: rate - offered[low].get(layer, rate) for layer, rate in offered[high].items()}
-            layer = max(steps, key=lambda layer: steps[layer], default=None)
-            if layer is not None and steps[layer] > 0:
-                sharing.hold(layer, offered[low][layer])
-                high, sizes = sharing.most, {low: sizes[low]}
-                budget, size = low, sizes[low]
+        met = low in sizes and high in sizes and high - low < _JUMP * wanted
+        if met and _hold_largest_step(sharing, offered[low], offered[high]):
+            high, sizes = sharing.most, {low: sizes[low]}
+            budget, size = low, sizes[low]
         budget = min(max(budget + (_AIM * wanted - size) / _slope(sizes), sharing.least), sharing.most)
         if budget in sizes or not low <= budget <= high:
             budget = (low + high) / 2
@@ -144,6 +141,16 @@ def _within(attempt: Callable[[float | None], Result], wanted: int, sharing: Sha
             f"a file of {wanted:,} bytes is not possible, the smallest has {min(sizes.values()):,}; choose that or more"
         )
     return best
+
+
+def _hold_largest_step(sharing: Sharing, low: Mapping[int, float], high: Mapping[int, float]) -> bool:
+    """Hold the layer whose offers, by number, differ most, at the smaller one; whether there is one that differs."""
+    steps = {layer: rate - low.get(layer, rate) for layer, rate in high.items()}
+    layer = max(steps, key=steps.__getitem__, default=None)
+    if layer is None or steps[layer] <= 0:
+        return False
+    sharing.hold(layer, low[layer])
+    return True
 
 
 def _slope(sizes: Mapping[float, int]) -> float:
