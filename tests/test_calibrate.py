@@ -17,8 +17,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, load_model_from_str
 import vqonnx.calibrate
 from vqonnx.calibrate import Walk
 from vqonnx.errors import DataError
-from vqonnx.graph import Site, attributes, find
+from vqonnx.graph import Site, find
 from vqonnx.moments import Moments, MomentsAccumulator
+from vqonnx.scope import attributes
 from vqonnx.unfold import unfold
 
 ALL = 10**6  # more positions than any image here has: no choice, so that results can be compared

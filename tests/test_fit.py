@@ -6,7 +6,7 @@ import tempfile
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import nets
 import numpy as np
@@ -21,9 +21,7 @@ from vqonnx.allocate import Sharing
 from vqonnx.errors import DataError, OptionError, VqonnxError
 from vqonnx.fit import Limits, fit, parse_size
 from vqonnx.graph import find
-from vqonnx.lagrange import lower_hull
-from vqonnx.menu import Menu
-from vqonnx.method import Method, Offer
+from vqonnx.method import Method
 from vqonnx.methods import BGD, PQ, Best, Entropy, Transform
 
 MLP = nets.MLP
@@ -134,7 +132,7 @@ def test_data_for_the_drop_are_looked_at_before_the_work(monkeypatch: pytest.Mon
 
 def test_what_is_not_possible_was_tried() -> None:
     """Files that stay too large although the layers get less and less, until they get the least there is."""
-    sharing = cast(Sharing, SimpleNamespace(least=1000.0, most=1e6, offered={}))
+    sharing = cast(Sharing, SimpleNamespace(least=1000.0, most=1e6))
     small, large = vqonnx.compress(MLP, PQ(bits=4)), vqonnx.compress(MLP, PQ(bits=8))
     wanted = large.model.ByteSize() - 1000
     tried: list[float | None] = []
@@ -161,8 +159,7 @@ def test_a_size_is_met_where_layers_have_one(
     slope: float, bent: float, step: float, unsteady: float, share: float
 ) -> None:
     """Whatever a file takes for a byte of its layers, if it grows in small steps and is not quite steady."""
-    offered = {0: 1.0}  # the same at every size: no layer takes a step
-    sharing = cast(Sharing, SimpleNamespace(least=1e4, most=1e5, offered=offered))
+    sharing = cast(Sharing, SimpleNamespace(least=1e4, most=1e5))
     whole = 2000 + slope * 1e5 * (1 + bent)
 
     def file_of(budget: float | None) -> int:
@@ -179,57 +176,6 @@ def test_a_size_is_met_where_layers_have_one(
         found = cast(Any, fit(made, Limits(size=wanted), 10**6, sharing))
     assert found.size <= wanted
     assert found.size >= 0.98 * wanted or found.size == file_of(sharing.most)
-
-
-def test_what_is_held_goes_to_others() -> None:
-    """Two equal layers with offers of 100 to 800 bytes."""
-    offers = [Offer(Best(), 100.0 * count, 1.0 / count) for count in range(1, 9)]
-    curve = lower_hull([offer.bytes for offer in offers], [offer.error for offer in offers])
-    menus = {number: Menu(1000, offers, curve, 1.0, 1.0) for number in range(2)}
-
-    def offered(sharing: Sharing) -> list[float]:
-        sharing.restart(1000.0)
-        for number in range(2):
-            offer = sharing.choose(number)
-            assert offer is not None
-            assert offer.bytes == sharing.offered[number]
-            sharing.spend(number, offer.bytes)
-        return list(sharing.offered.values())
-
-    sharing = Sharing([Best(), Best()], menus)
-    assert offered(sharing) == [500.0, 500.0]
-    sharing.hold(1, 300.0)
-    assert offered(sharing) == [700.0, 300.0]
-
-
-def test_a_layer_with_a_large_step_is_held() -> None:
-    """Two layers: one has any size; the other 20,000 or 40,000 bytes, and then takes more than it offered."""
-
-    class Two:
-        least, most = 21_000.0, 80_000.0
-        cap = 40_000.0
-        offered: ClassVar[dict[int, float]] = {}
-
-        def hold(self, number: int, rate: float) -> None:
-            assert (number, rate) == (1, 20_000.0)
-            self.cap = rate
-
-    two = Two()
-    tried = []
-
-    def attempt(budget: float | None) -> Any:
-        assert budget is not None
-        tried.append(budget)
-        large = min(40_000.0 if budget > 50_000 else 20_000.0, two.cap)
-        two.offered = {0: min(budget - large, 40_000.0), 1: large}
-        return SimpleNamespace(size=int(1000 + two.offered[0] + (1.15 if large == 40_000 else 1.0) * large))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vqonnx.fit, "_bytes", lambda result: result.size)
-        found = cast(Any, fit(attempt, Limits(size=54_000), 10**6, cast(Sharing, two)))
-    assert two.cap == 20_000
-    assert 0.98 * 54_000 <= found.size <= 54_000
-    assert len(tried) <= 9, tried
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ import vqonnx
 from vqonnx.errors import ModelError
 from vqonnx.fused import FUSED
 from vqonnx.fusion import fuse_layers
-from vqonnx.graph import attributes
 from vqonnx.runtime import open_session, run
+from vqonnx.scope import attributes
 from vqonnx.unfusion import split_layers
 
 Array = np.ndarray

@@ -14,8 +14,9 @@ from onnx import ModelProto, TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from vqonnx.errors import ModelError
-from vqonnx.graph import constant_value, find, scopes
+from vqonnx.graph import find
 from vqonnx.modelfile import make_tensor
+from vqonnx.scope import constant_value, scopes
 from vqonnx.view import Order
 
 ORDERS: tuple[Order, ...] = get_args(Order)

@@ -23,11 +23,12 @@ from test_place import runnable, scalar
 
 from vqonnx.errors import FormError
 from vqonnx.form import Blocks, Dense, Form, Matrix, Product
-from vqonnx.graph import LINEAR, Site, find, scopes
+from vqonnx.graph import LINEAR, Site, find
 from vqonnx.modelfile import make_tensor
 from vqonnx.pair import count, join, joined_shape, joined_weight, multiplications, obstacle, pair_of, split
 from vqonnx.place import Placement, Target, place
 from vqonnx.runtime import open_session, run
+from vqonnx.scope import scopes
 from vqonnx.view import View, ViewOrder
 
 TARGETS: tuple[Target, ...] = get_args(Target)

@@ -19,9 +19,10 @@ from onnx.reference import ReferenceEvaluator
 from vqonnx import modelfile, ops
 from vqonnx.errors import ModelError
 from vqonnx.form import Blocks, Coded, Dense, Form, Matrix, Product
-from vqonnx.graph import find, scopes
+from vqonnx.graph import find
 from vqonnx.place import Placement, Target, main_opset, place
 from vqonnx.runtime import open_session, run
+from vqonnx.scope import scopes
 from vqonnx.view import Order
 
 TARGETS: tuple[Target, ...] = get_args(Target)

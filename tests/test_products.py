@@ -19,13 +19,14 @@ import vqonnx
 from vqonnx.errors import ModelError
 from vqonnx.form import Apply, Coded, Matrix, Product
 from vqonnx.generate import generate_feeds
-from vqonnx.graph import LINEAR, find, scopes
+from vqonnx.graph import LINEAR, find
 from vqonnx.method import Layer, Method
 from vqonnx.methods import SVD, KMeans
 from vqonnx.methods.svd import factorise
 from vqonnx.place import Target
 from vqonnx.record import erase_record
 from vqonnx.runtime import open_session, run
+from vqonnx.scope import scopes
 from vqonnx.view import ViewOrder
 
 TARGETS: tuple[Target, ...] = ("hybrid", "portable", "custom")

@@ -1,17 +1,16 @@
 """Share bytes out among the layers of a model: one Lagrange multiplier for all of them.
 
 Young et al. 2021 (arXiv 2009.01174): the error of the network's output is taken as the sum of what each unit adds, and
-bytes go where they save most of it. What a layer takes in the end differs from what it offered, so the rest is shared
-out anew after each, in units of what those before took for what they offered. The last layers, often a small
-classifier, must not pay for all that a large one took too much, so what is left for them may not move far.
+bytes go where they save most of it. What a layer takes in the end may differ from what it offered, so once what is left
+is no longer what was planned, the rest is shared out anew, in units of what those before took for what they offered.
+The last layers, often a small classifier, must not pay for all that a large one took too much, so what is left for them
+may not move far.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import ceil
-
-import numpy as np
 
 from vqonnx.errors import OptionError
 from vqonnx.lagrange import Curve, allocate, least_rate
@@ -22,6 +21,7 @@ from vqonnx.method import Budgeted, Method, Offer
 _CODEBOOK_BYTES = 2 * (2**9 - 2)
 _ROUNDING = 1e-4  # bits of a layer are written with four digits, rounded up
 _RESERVE = 0.01  # of what layers may take by their bits, for those that take more than is left
+_DRIFT = 0.003  # of what all layers have: by so much may what is left differ from what is planned
 _MOVE = 0.1  # of what layers would have had at the start, up or down
 _UNLIKE = 0.7, 1.4  # a layer may take so many times what it offered
 
@@ -44,11 +44,13 @@ class Sharing:
         self._methods = methods
         self._menus = menus
         self._left: dict[Method, float] = {}
+        self._drift: dict[Method, float] = {}  # by so much may that differ from what is planned
         self._todo: dict[Method, list[int]] = {}
         self._offered: dict[int, float] = {}
         self._ratios: dict[int, float] = {}  # what a layer took for each byte that it had offered, when it last did
-        self._start: dict[int, float] = {}  # what a layer would have had
-        self._held: dict[int, float] = {}  # the most that a layer may offer
+        self._picks: dict[int, int] = {}  # the planned vertex of a layer's curve
+        self._planned: dict[int, float] = {}  # what the layer is expected to take with it
+        self._start: dict[int, float] = {}  # what it was at the start
 
     @property
     def least(self) -> float:
@@ -59,15 +61,6 @@ class Sharing:
     def most(self) -> float:
         """The bytes that they have a use for."""
         return float(sum(menu.curve.rates[-1] for menu in self._menus.values()))
-
-    @property
-    def offered(self) -> Mapping[int, float]:
-        """What layers offered in bytes, by their numbers, when they last chose."""
-        return dict(self._offered)
-
-    def hold(self, number: int, rate: float) -> None:
-        """From now on layer ``number`` offers ``rate`` bytes at most, one of its own offers."""
-        self._held[number] = rate
 
     def restart(self, limit: float | None = None) -> None:
         """Begin anew, with ``limit`` bytes for all layers that share, or with the bits of their methods.
@@ -85,9 +78,9 @@ class Sharing:
         for method, numbers in self._todo.items():
             assert isinstance(method, Budgeted)
             self._left[method] = self._from_bits(method, numbers) if limit is None else limit
-            curves = self._curves(numbers)
-            picks = allocate(curves, max(self._left[method], least_rate(curves)), fill=True)
-            self._start |= {n: float(c.rates[at]) for n, c, at in zip(numbers, curves, picks, strict=True)}
+            self._drift[method] = _DRIFT * self._left[method]
+            self._plan(numbers, self._left[method])
+        self._start = dict(self._planned)
 
     def choose(self, number: int) -> Offer | None:
         """What layer ``number`` gets of what is left; None where it does not share."""
@@ -95,11 +88,11 @@ class Sharing:
             return None
         method, menu = self._methods[number], self._menus[number]
         todo = self._todo[method]
-        curves = self._curves(todo)
         start = sum(self._start[other] for other in todo)
         budget = min(max(self._left[method], (1 - _MOVE) * start), (1 + _MOVE) * start)
-        picks = allocate(curves, max(budget, least_rate(curves)), fill=True)
-        pick = picks[todo.index(number)]
+        if abs(budget - sum(self._planned[other] for other in todo)) > self._drift[method]:
+            self._plan(todo, budget)
+        pick = self._picks[number]
         self._offered[number] = float(menu.curve.rates[pick])
         return menu.offers[int(menu.curve.choices[pick])]
 
@@ -112,6 +105,13 @@ class Sharing:
             if taken and self._offered[number]:
                 self._ratios[number] = min(max(taken / self._offered[number], _UNLIKE[0]), _UNLIKE[1])
 
+    def _plan(self, numbers: Sequence[int], budget: float) -> None:
+        """Share out what there is among these layers."""
+        curves = self._curves(numbers)
+        picks = allocate(curves, max(budget, least_rate(curves)), fill=True)
+        for number, curve, pick in zip(numbers, curves, picks, strict=True):
+            self._picks[number], self._planned[number] = pick, float(curve.rates[pick])
+
     def _curves(self, numbers: Sequence[int]) -> list[Curve]:
         """Rates as they are expected to be, errors as they are in the network's output."""
         known = [(self._ratios[n], self._offered[n]) for n in self._ratios]
@@ -120,9 +120,7 @@ class Sharing:
         curves = []
         for number in numbers:
             curve = self._menus[number].weighted
-            kept = slice(int(np.searchsorted(curve.rates, self._held.get(number, np.inf), side="right")))
-            rates = curve.rates[kept] * self._ratios.get(number, mean)
-            curves.append(Curve(rates, curve.errors[kept], curve.choices[kept]))
+            curves.append(Curve(curve.rates * self._ratios.get(number, mean), curve.errors, curve.choices))
         return curves
 
     def _from_bits(self, method: Budgeted, numbers: Sequence[int]) -> float:

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto
 
-from vqonnx.graph import LINEAR, Site, attributes
+from vqonnx.graph import LINEAR, Site
 from vqonnx.modelfile import make_tensor, to_array
 from vqonnx.place import node_reads
+from vqonnx.scope import attributes
 
 _INPUT = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2}
 

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from vqonnx.breakdown import short_bytes
-from vqonnx.graph import attributes
 from vqonnx.modelfile import remove_entries, set_nodes
 from vqonnx.names import STANDARD, entry_names, short_names, spaces
 from vqonnx.ops import DOMAIN
+from vqonnx.scope import attributes
 from vqonnx.tidy import pack
 
 _LIMIT = 65536  # bytes of a constant that is bundled

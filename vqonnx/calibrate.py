@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, shape_inference
 
 from vqonnx.errors import DataError, VqonnxError
-from vqonnx.graph import Site, attributes, scopes
+from vqonnx.graph import Site
 from vqonnx.modelfile import inlined, make_tensor
 from vqonnx.moments import Moments, MomentsAccumulator
 from vqonnx.place import node_reads
 from vqonnx.runtime import open_session, run
+from vqonnx.scope import attributes, scopes
 from vqonnx.unfold import unfold
 from vqonnx.view import Order
 

@@ -12,12 +12,12 @@ from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper
 from vqonnx import modelfile
 from vqonnx.compact import restore
 from vqonnx.errors import ModelError
-from vqonnx.graph import Scope
 from vqonnx.modelfile import make_tensor, remove_entries, set_nodes
 from vqonnx.ops import DOMAIN
 from vqonnx.pair import join, joined_weight
 from vqonnx.recompute import compute
 from vqonnx.record import erase_record, read_record
+from vqonnx.scope import Scope
 from vqonnx.stored import StoredWeight, elem_type, find_stored
 from vqonnx.unfusion import split_layers
 

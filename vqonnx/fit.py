@@ -19,7 +19,6 @@ from vqonnx.verify import Comparison, compare
 
 _AIM = 0.996  # of the size that is asked for; what layers take differs a little from what they were given
 _ENOUGH = (*[0.985] * 4, *[0.98] * 5)  # of it: after each attempt, the file may be so much smaller
-_JUMP = 0.005  # of it: where so little for the layers makes files too small and too large, one layer takes a large step
 _SEARCH = 6
 _STEEPEST = 8.0  # bytes of the file for a byte of codes: of one bit, stored as bytes
 _UNIT = {"": 1, "B": 1, "KB": 1000, "KIB": 1024, "MB": 1000**2, "MIB": 1024**2, "GB": 1000**3, "GIB": 1024**3}
@@ -106,27 +105,21 @@ def _within(attempt: Callable[[float | None], Result], wanted: int, sharing: Sha
     """Bytes for the layers are corrected by what the file had too many or too few.
 
     They are halved between the most that kept to the size and the fewest that did not where a correction leads out of
-    these. Where they meet, a layer takes a step larger than what is missing: it is held, and others get the bytes.
+    these.
     """
     low, high = sharing.least, sharing.most
     budget = min(max(0.9 * wanted, low), high)
     best: Result | None = None
     sizes: dict[float, int] = {}  # of the file, by the bytes for the layers
-    offered: dict[float, Mapping[int, float]] = {}
     for enough in _ENOUGH:
         result = attempt(budget)
         size = sizes[budget] = _bytes(result)
-        offered[budget] = sharing.offered
         _log.info("%d bytes for the layers make a file of %d, %d are wanted", budget, size, wanted)
         low, high = (budget, high) if size <= wanted else (low, budget)
         if size <= wanted and (best is None or size > _bytes(best)):
             best = result
         if best is not None and _bytes(best) >= enough * wanted:
             break
-        met = low in sizes and high in sizes and high - low < _JUMP * wanted
-        if met and _hold_largest_step(sharing, offered[low], offered[high]):
-            high, sizes = sharing.most, {low: sizes[low]}
-            budget, size = low, sizes[low]
         budget = min(max(budget + (_AIM * wanted - size) / _slope(sizes), sharing.least), sharing.most)
         if budget in sizes or not low <= budget <= high:
             budget = (low + high) / 2
@@ -141,16 +134,6 @@ def _within(attempt: Callable[[float | None], Result], wanted: int, sharing: Sha
             f"a file of {wanted:,} bytes is not possible, the smallest has {min(sizes.values()):,}; choose that or more"
         )
     return best
-
-
-def _hold_largest_step(sharing: Sharing, low: Mapping[int, float], high: Mapping[int, float]) -> bool:
-    """Hold the layer whose offers, by number, differ most, at the smaller one; whether there is one that differs."""
-    steps = {layer: rate - low.get(layer, rate) for layer, rate in high.items()}
-    layer = max(steps, key=steps.__getitem__, default=None)
-    if layer is None or steps[layer] <= 0:
-        return False
-    sharing.hold(layer, low[layer])
-    return True
 
 
 def _slope(sizes: Mapping[float, int]) -> float:

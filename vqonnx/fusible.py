@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto
 
 from vqonnx.fused import CLIP_OPSET, FUSED, LAYERS, SILU, FusedOp
-from vqonnx.graph import Scope, attributes, constant_value, scopes
 from vqonnx.ops import DOMAIN
 from vqonnx.padding import conv_attributes, pool_attributes
 from vqonnx.place import all_names, main_opset
+from vqonnx.scope import Scope, attributes, constant_value, scopes
 from vqonnx.shapes import Shape, infer_shapes
 from vqonnx.writer import Writer
 
@@ -48,14 +48,14 @@ class Layer:
     Attributes:
         decode: Yields the weight; None if that is stored as it is, or there is none.
         node: Reads it.
-        missing: Attributes that the op needs and the node does not have.
+        attributes: Those of the op, besides what follows the layer.
         bias: Name of the bias; None where the op has none.
         origin: What the note must say of the bias.
     """
 
     decode: NodeProto | None
     node: NodeProto
-    missing: dict[str, Any]
+    attributes: dict[str, Any]
     bias: str | None
     origin: dict[str, Any]
 
@@ -64,6 +64,12 @@ class Layer:
         """Layer of the op."""
         is_depthwise = self.decode is None and self.node.op_type == "Conv"
         return "DepthwiseConv" if is_depthwise else self.node.op_type
+
+    @property
+    def missing(self) -> dict[str, Any]:
+        """Attributes that the op needs and the node does not have."""
+        given = attributes(self.node)
+        return {name: value for name, value in self.attributes.items() if name not in given}
 
     @property
     def weight(self) -> list[str]:
@@ -116,6 +122,11 @@ def _is_plain(node: NodeProto) -> bool:
     return not node.domain and not node.attribute and len(node.output) == 1
 
 
+def _given(node: NodeProto) -> dict[str, Any] | None:
+    """The attributes of a node; None if the caller of a function sets some."""
+    return None if any(attribute.ref_attr_name for attribute in node.attribute) else attributes(node)
+
+
 class Graph:
     """The main graph of a model, and what of it can be fused."""
 
@@ -158,13 +169,9 @@ class Graph:
         """A MaxPool that yields nothing but values, if it can be fused."""
         if node.domain or node.op_type != "MaxPool" or len(node.output) != 1:
             return None
-        given = attributes(node)
-        if any(attribute.ref_attr_name for attribute in node.attribute):
-            return None
-        handed_on = pool_attributes(given, lambda: self._shapes.get(node.input[0]))
-        if handed_on is None:
-            return None
-        return Layer(None, node, {name: value for name, value in handed_on.items() if name not in given}, None, {})
+        given = _given(node)
+        found = None if given is None else pool_attributes(given, lambda: self._shapes.get(node.input[0]))
+        return None if found is None else Layer(None, node, found, None, {})
 
     def _depthwise(self, node: NodeProto) -> Layer | None:
         """A depthwise convolution whose weight is stored as it is, if it can be fused."""
@@ -174,18 +181,17 @@ class Graph:
         if tensor is None or node.input[1] not in self._fixed or tensor.data_type != TensorProto.FLOAT:
             return None
         shape = tuple(map(int, tensor.dims))
-        given = attributes(node)
-        if any(attribute.ref_attr_name for attribute in node.attribute) or len(shape) < 3 or min(shape) < 1:
+        given = _given(node)
+        if given is None or len(shape) < 3 or min(shape) < 1:
             return None
         after = self._only_reader(node.output[0])
         if after is not None and after.op_type == "BatchNormalization":
             return None  # onnxruntime folds it into the weight
-        handed_on = conv_attributes(given, shape, lambda: self._shapes.get(node.input[0]))
-        if handed_on is None or shape[1] != 1 or shape[0] != handed_on["group"]:
+        found = conv_attributes(given, shape, lambda: self._shapes.get(node.input[0]))
+        if found is None or shape[1] != 1 or shape[0] != found["group"]:
             return None
         bias = self._bias(node, shape)
-        missing = {name: value for name, value in handed_on.items() if name not in given}
-        return None if bias is None else Layer(None, node, missing, *bias)
+        return None if bias is None else Layer(None, node, found, *bias)
 
     def _is_behind(self, node: NodeProto, fused: set[str], made: dict[str, NodeProto]) -> bool:
         """Whether a value that a fused layer makes reaches a node with no other layer in between.
@@ -230,21 +236,20 @@ class Graph:
         decode, shape = self._decodes.get(layer.input[1], (None, ()))
         if decode is None or self._only_reader(layer.input[1]) is not layer or layer.input[0] == layer.input[1]:
             return None
-        if any(attribute.ref_attr_name for attribute in layer.attribute):
+        given = _given(layer)
+        if given is None:
             return None
-        given = attributes(layer)
-        handed_on: dict[str, Any] | None = None
+        found: dict[str, Any] | None = None
         if layer.op_type == "Conv":
-            handed_on = conv_attributes(given, shape, lambda: self._shapes.get(layer.input[0]))
+            found = conv_attributes(given, shape, lambda: self._shapes.get(layer.input[0]))
         elif len(shape) == 2 and layer.op_type == "MatMul":
-            handed_on = {}
+            found = {}
         elif len(shape) == 2 and given.get("alpha", 1.0) == given.get("beta", 1.0) == 1.0 and not given.get("transA"):
-            handed_on = {"transB": int(given.get("transB", 0))}
-        if handed_on is None:
+            found = {"transB": int(given.get("transB", 0))}
+        if found is None:
             return None
         bias = self._bias(layer, shape)
-        missing = {name: value for name, value in handed_on.items() if name not in given}
-        return None if bias is None else Layer(decode, layer, missing, *bias)
+        return None if bias is None else Layer(decode, layer, found, *bias)
 
     def _group(self, layer: Layer, convs: set[str]) -> Group:
         tail, further, more = self._tail(layer.node, convs)

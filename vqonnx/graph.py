@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto
 
 from vqonnx.modelfile import to_array
+from vqonnx.scope import Scope, Use, attributes, is_constant, label, scopes
 from vqonnx.view import View, ViewOrder, conv_transpose_view, conv_view, matmul_view
 
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -25,50 +26,6 @@ _RECURRENT = ("LSTM", "GRU", "RNN")
 _STANDARD = ("", "ai.onnx")
 _ITEM_BYTES: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.DOUBLE: 8}
 _FLOAT_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-
-
-@dataclass(eq=False, repr=False)
-class Scope:
-    """One list of nodes with its own names: the main graph, a subgraph of an attribute, or a function.
-
-    Attributes:
-        proto: The graph or function.
-        path: Where it is, for messages: ``""`` for the main graph.
-        parent: The scope around a subgraph, whose names it sees.
-        initializers: Tensors by name (a function has none).
-        producers: Node of this scope by each of its outputs.
-        uses: For each name that this scope defines, the nodes that read it, those of inner scopes included.
-        outputs: Names that leave the scope.
-    """
-
-    proto: GraphProto | FunctionProto
-    path: str
-    parent: Scope | None
-    initializers: dict[str, TensorProto] = field(default_factory=dict)
-    producers: dict[str, NodeProto] = field(default_factory=dict)
-    uses: dict[str, list[Use]] = field(default_factory=dict)
-    outputs: set[str] = field(default_factory=set)
-
-    @property
-    def lineage(self) -> list[Scope]:
-        """The scope and those around it, the outermost last."""
-        return [self] if self.parent is None else [self, *self.parent.lineage]
-
-    def home(self, name: str) -> Scope | None:
-        """The scope that makes ``name``: this one or one around it; None for a graph input that has no default."""
-        scope: Scope | None = self
-        while scope and name not in scope.initializers and name not in scope.producers:
-            scope = scope.parent
-        return scope
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Use:
-    """Input ``index`` of ``node``, which lies in ``scope``."""
-
-    scope: Scope
-    node: NodeProto
-    index: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,21 +109,6 @@ class Found:
     skipped: tuple[Skipped, ...]
 
 
-def attributes(node: NodeProto) -> dict[str, Any]:
-    """Attribute values of a node by name; references to a function's attributes are left out."""
-    return {a.name: helper.get_attribute_value(a) for a in node.attribute if not a.ref_attr_name}
-
-
-def scopes(model: ModelProto) -> tuple[Scope, ...]:
-    """All scopes of the model, outer ones first; functions at the end."""
-    found = list(_graph_scopes(model.graph, "", None))
-    for function in model.functions:
-        found.extend(_function_scopes(function))
-    for scope in found:
-        _note_uses(scope)
-    return tuple(found)
-
-
 def find(model: ModelProto, folder: str | Path) -> Found:
     """Find the weights that can be replaced. ``folder`` is where the model lies, for external data."""
     sites: dict[tuple[int, str], Site] = {}
@@ -176,14 +118,14 @@ def find(model: ModelProto, folder: str | Path) -> Found:
             if node.domain not in (*_STANDARD, "com.microsoft"):
                 continue
             if node.op_type in _QUANTISED:
-                skipped[_label(node)] = f"already quantised ({node.op_type})"
+                skipped[label(node)] = f"already quantised ({node.op_type})"
             elif node.op_type in _RECURRENT and node.domain in _STANDARD:
-                skipped[_label(node)] = f"{node.op_type} weights are not compressed; only {', '.join(LINEAR)} are"
+                skipped[label(node)] = f"{node.op_type} weights are not compressed; only {', '.join(LINEAR)} are"
             elif node.op_type in LINEAR and node.domain in _STANDARD:
                 try:
                     site = _site(scope, node, Path(folder))
                 except _LeftAlone as reason:
-                    skipped.setdefault(reason.weight or _label(node), str(reason))
+                    skipped.setdefault(reason.weight or label(node), str(reason))
                 else:
                     sites.setdefault((id(site.scope), site.name), site)
     return Found(tuple(sites.values()), tuple(Skipped(name, reason) for name, reason in skipped.items()))
@@ -195,44 +137,6 @@ class _LeftAlone(Exception):
     def __init__(self, reason: str, weight: str = "") -> None:
         super().__init__(reason)
         self.weight = weight
-
-
-def _label(node: NodeProto) -> str:
-    return node.name or next(filter(None, node.output), node.op_type)
-
-
-def _graph_scopes(graph: GraphProto, path: str, parent: Scope | None) -> Iterator[Scope]:
-    scope = Scope(graph, path, parent, outputs={output.name for output in graph.output})
-    scope.initializers = {tensor.name: tensor for tensor in graph.initializer}
-    yield scope
-    yield from _inner_scopes(scope)
-
-
-def _function_scopes(function: FunctionProto) -> Iterator[Scope]:
-    scope = Scope(function, f"function {function.name}", None, outputs=set(function.output))
-    yield scope
-    yield from _inner_scopes(scope)
-
-
-def _inner_scopes(scope: Scope) -> Iterator[Scope]:
-    for node in scope.proto.node:
-        scope.producers.update((name, node) for name in node.output if name)
-        for attribute in node.attribute:
-            graphs = [attribute.g] if attribute.HasField("g") else attribute.graphs
-            for graph in graphs:
-                yield from _graph_scopes(graph, f"{scope.path}/{_label(node)}.{attribute.name}", scope)
-
-
-def _note_uses(scope: Scope) -> None:
-    for node in scope.proto.node:
-        for index, name in enumerate(node.input):
-            home = scope.home(name) if name else None
-            if home:
-                home.uses.setdefault(name, []).append(Use(scope, node, index))
-    for name in scope.outputs:  # an outer name that leaves an inner scope is in use as well
-        home = scope.home(name)
-        if home:
-            home.outputs.add(name)
 
 
 def _site(scope: Scope, node: NodeProto, folder: Path) -> Site:
@@ -270,9 +174,9 @@ def _trace(scope: Scope, weight: str) -> tuple[Scope, str]:
         if node.op_type == "DequantizeLinear":
             raise _LeftAlone("already quantised (weight behind DequantizeLinear)", weight)
         if node.op_type not in _CHAIN or node.domain not in _STANDARD:
-            raise _LeftAlone(f"weight is computed at run time (by {node.op_type} '{_label(node)}')", weight)
-        if node.op_type == "Reshape" and (len(node.input) < 2 or not _is_constant(home, node.input[1])):
-            raise _LeftAlone(f"weight is reshaped to a size that is not constant (by '{_label(node)}')", weight)
+            raise _LeftAlone(f"weight is computed at run time (by {node.op_type} '{label(node)}')", weight)
+        if node.op_type == "Reshape" and (len(node.input) < 2 or not is_constant(home, node.input[1])):
+            raise _LeftAlone(f"weight is reshaped to a size that is not constant (by '{label(node)}')", weight)
         name = node.input[0]
         home = home.home(name)
     if home is None:
@@ -299,7 +203,7 @@ def _check_users(home: Scope, name: str) -> None:
     direct = [use for use in home.uses.get(name, []) if _reads_weight(use)]
     for use in home.uses.get(name, []):
         if not _leads_to_weight(use):
-            other = f"{use.node.op_type} '{_label(use.node)}'"
+            other = f"{use.node.op_type} '{label(use.node)}'"
             raise _LeftAlone(f"weight is also read by {other}, so it would stay in the file", name)
     if not direct:
         raise _LeftAlone("weight reaches its layers through different Transpose or Reshape nodes", name)
@@ -331,11 +235,6 @@ def _leads_to_weight(use: Use) -> bool:
         return _reads_weight(use)
     output = use.node.output[0]
     return output not in use.scope.outputs and all(_leads_to_weight(later) for later in use.scope.uses.get(output, []))
-
-
-def _is_constant(scope: Scope, name: str) -> bool:
-    home = scope.home(name)
-    return home is not None and (name in home.initializers or home.producers[name].op_type == "Constant")
 
 
 def _constant(home: Scope, name: str) -> TensorProto:
@@ -389,19 +288,3 @@ def _check_shape(site: Site) -> None:
 
 def _type_name(elem_type: int) -> str:
     return str(TensorProto.DataType.Name(elem_type)).lower()
-
-
-def constant_value(scope: Scope, name: str, folder: Path) -> NDArray[Any] | None:
-    """The values of a constant by name, or None where it is not one."""
-    home = scope.home(name)
-    if home is None or not _is_constant(home, name):
-        return None
-    if name in home.initializers:
-        return to_array(home.initializers[name], folder)
-    node = home.producers[name]
-    for attribute in node.attribute:
-        if attribute.name == "value":
-            return to_array(attribute.t, folder)
-        if attribute.name.startswith("value_"):
-            return np.asarray(helper.get_attribute_value(attribute))
-    return None

@@ -112,7 +112,7 @@ class Offer:
 
     Attributes:
         method: The method for it; it encodes the layer in about so many bytes.
-        bytes: What the layer takes.
+        bytes: What the layer takes, without a codebook that a model stores once for many layers.
         error: Mean squared error of the layer's output (of its weight, summed, where there are no moments).
     """
 

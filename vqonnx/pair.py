@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, NodeProto, helper
 
 from vqonnx.form import Blocks, Form, Product
-from vqonnx.graph import Site, attributes
+from vqonnx.graph import Site
+from vqonnx.scope import attributes
 from vqonnx.view import View, ViewOrder, conv_transpose_view, conv_view, matmul_view
 
 # A second layer writes and reads its activations once more, and has few outputs: with less to gain, the product is

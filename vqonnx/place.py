@@ -12,10 +12,11 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, 
 
 from vqonnx import ops
 from vqonnx.form import Blocks, Coded, Dense, Form, Product
-from vqonnx.graph import Scope, Site, scopes
+from vqonnx.graph import Site
 from vqonnx.inflate import inflate_functions, write_inflate
 from vqonnx.modelfile import remove_entries, set_nodes
 from vqonnx.pair import obstacle, pair_of, split
+from vqonnx.scope import Scope, scopes
 from vqonnx.share import parts_of
 from vqonnx.view import View
 from vqonnx.writer import Writer

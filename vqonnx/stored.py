@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto
 
 from vqonnx.errors import ModelError
-from vqonnx.graph import Scope, attributes, constant_value, scopes
 from vqonnx.ops import DOMAIN
 from vqonnx.pair import count, joined_shape
 from vqonnx.record import Record, Row
+from vqonnx.scope import Scope, attributes, constant_value, scopes
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,11 +9,11 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, 
 
 from vqonnx.errors import ModelError
 from vqonnx.fused import FUSED, FusedOp
-from vqonnx.graph import scopes
 from vqonnx.modelfile import remove_entries, set_nodes, to_array
 from vqonnx.ops import DOMAIN
 from vqonnx.origin import Origin, restore
 from vqonnx.place import all_names, names_in, node_reads
+from vqonnx.scope import scopes
 from vqonnx.writer import Writer
 
 

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from vqonnx import uniform
 from vqonnx.errors import OptionError
 from vqonnx.form import Form
 from vqonnx.method import Budgeted, Layer, LeftAlone, Method, Needs, Offer, check_range
@@ -96,9 +97,9 @@ class Best(Budgeted):
     def encode(self, layer: Layer) -> Form:
         budget = self.bits * layer.weight.size / 8
         offers = self.offers(layer)
-        fitting = [offer for offer in offers if offer.bytes <= budget]
+        fitting = [offer for offer in offers if offer.bytes + _shared(offer.method) <= budget]
         if not fitting:
-            least = min(offer.bytes for offer in offers)
+            least = min(offer.bytes + _shared(offer.method) for offer in offers)
             bits = np.ceil(800 * least / layer.weight.size) / 100
             raise LeftAlone(f"{self.bits:g} bits a weight are {budget:.0f} bytes, too few; set bits={bits:g}")
         return min(fitting, key=lambda offer: offer.error).method.encode(layer)
@@ -107,7 +108,13 @@ class Best(Budgeted):
 def _offer(layer: Layer, tried: Method, offered: Method | None = None) -> Offer:
     """What a method does to a layer; ``tried`` may be a quicker one than is ``offered``."""
     form = tried.encode(layer)
+    size = float(form.nbytes - _shared(tried))
     if layer.weight.shape[1] > FULL_COLS and layer.moments is not None:
-        return Offer(offered or tried, float(form.nbytes), layer.moments.energy(layer.weight - form.decode()))
+        return Offer(offered or tried, size, layer.moments.energy(layer.weight - form.decode()))
     error = target_of(layer, 1, asymmetric=False).distance(form.decode())
-    return Offer(offered or tried, float(form.nbytes), error)
+    return Offer(offered or tried, size, error)
+
+
+def _shared(method: Method) -> int:
+    """Bytes of a codebook that a model stores once, for all layers that have it."""
+    return uniform.book(method.bits).nbytes if isinstance(method, RTN) else 0

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
-from vqonnx.graph import attributes
 from vqonnx.permute.atoms import Piece, cut
 from vqonnx.permute.reader import Channels, Reader, Unknown, carried, label
+from vqonnx.scope import attributes
 
 
 def on_split(read: Reader, node: NodeProto) -> None:

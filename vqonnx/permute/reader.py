@@ -10,9 +10,9 @@ from typing import Literal
 
 from onnx import ModelProto, NodeProto
 
-from vqonnx.graph import attributes, scopes
 from vqonnx.permute.atoms import Atom, Piece, Pieces, join, length, pin, resolve
 from vqonnx.permute.shapes import Shape, look
+from vqonnx.scope import attributes, scopes
 
 # What a constant does with the channels along one of its axes: makes them, reads them, or goes with them.
 Role = Literal["producer", "consumer", "constant"]

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from onnx import NodeProto
 
-from vqonnx.graph import attributes
 from vqonnx.permute.atoms import Piece
 from vqonnx.permute.moves import (
     first_reason,
@@ -25,6 +24,7 @@ from vqonnx.permute.moves import (
     single,
 )
 from vqonnx.permute.reader import Channels, Reader, Unknown, label
+from vqonnx.scope import attributes
 
 Rule = Callable[[Reader, NodeProto], None]
 

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper, shape_inference
 
-from vqonnx.graph import Scope, attributes
 from vqonnx.modelfile import inlined, to_array
 from vqonnx.runtime import open_session, run
+from vqonnx.scope import Scope, attributes
 
 _SMALL = 1024  # values of constants: sizes, pads, axes
 _RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")

@@ -21,11 +21,11 @@ from torch import Tensor
 from vqonnx import modelfile
 from vqonnx.errors import ModelError, VqonnxError
 from vqonnx.form import Coded, unpack
-from vqonnx.graph import attributes
 from vqonnx.ops import DOMAIN
 from vqonnx.place import Target, main_opset
 from vqonnx.recompute import compute
 from vqonnx.record import read_record
+from vqonnx.scope import attributes
 from vqonnx.stored import StoredWeight, find_stored
 from vqonnx.training.executor import TorchGraph
 

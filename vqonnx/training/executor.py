@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vqonnx import modelfile
 from vqonnx.errors import DataError, ModelError
-from vqonnx.graph import attributes
+from vqonnx.scope import attributes
 from vqonnx.training import layers, operators  # noqa: F401 (they fill the table)
 from vqonnx.training.call import OPERATORS, Call, Unsupported
 
