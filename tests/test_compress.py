@@ -445,6 +445,21 @@ def test_layers_that_cannot_be_observed_are_logged(tmp_path: Path, caplog: pytes
     assert [layer.output_snr_db is None for layer in result.layers] == [False, True, True]
 
 
+def test_layers_of_which_little_is_left_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    feeds = [{"image": nets.images(64)}]
+    with caplog.at_level(logging.WARNING):
+        layers = vqonnx.compress(MLP, PQ(width=16, bits=1), calibration=feeds).layers
+    ruined = {layer.name: snr for layer in layers if (snr := layer.output_snr_db) is not None and snr < 3}
+    worst = min(ruined, key=lambda name: ruined[name])
+    more = f" and {len(ruined) - 1} more layer" if len(ruined) > 1 else ""
+    [said] = [record.message for record in caplog.records if "above its error" in record.message]
+    assert said.startswith(f"{worst}{more}")
+    assert f"only {ruined[worst]:.1f} dB above its error (less than 3); give it more bits, or exclude it" in said
+    caplog.clear()
+    vqonnx.compress(MLP, PQ(width=2, bits=6), calibration=feeds)
+    assert "above its error" not in caplog.text
+
+
 def test_progress_counts_the_layers(mixed: Path) -> None:
     calls: list[tuple[int, int, str]] = []
     vqonnx.compress(mixed, KMeans(bits=1), progress=lambda *call: calls.append(call))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -35,6 +36,9 @@ from vqonnx.runtime import open_session, read_inputs
 
 # Batches of the calibration data on which the written model is run; enough to see that it works.
 _CHECKED_BATCHES = 8
+_NOISE_DB = 3.0  # of a layer's output: below, its error has half of its energy or more
+
+_log = logging.getLogger(__name__)
 
 
 def compress(
@@ -174,9 +178,30 @@ def compress(
         check = generate_feeds(path, shapes=input_shapes, seed=seed) if feeds is None else feeds.first()
         return Result(draft, tuple(layers), skipped, target, path, before, check)
 
-    if limits is None:
-        return attempt(None)
-    return fit(attempt, limits, before, sharing)
+    result = attempt(None) if limits is None else fit(attempt, limits, before, sharing)
+    _warn_of_noise(result.layers)
+    return result
+
+
+def _warn_of_noise(layers: Sequence[LayerRecord]) -> None:
+    """One line for all layers of whose output little is left."""
+    found = sorted(
+        (layer.output_snr_db, layer.name)
+        for layer in layers
+        if layer.output_snr_db is not None and layer.output_snr_db < _NOISE_DB
+    )
+    if found:
+        worst, name = found[0]
+        more = f" and {len(found) - 1} more layer{'s' * (len(found) > 2)}" if len(found) > 1 else ""
+        _log.warning(
+            "%s%s: %sits output on the calibration data is only %.1f dB above its error (less than %g); give it more "
+            "bits, or exclude it",
+            name,
+            more,
+            "at worst " if more else "",
+            worst,
+            _NOISE_DB,
+        )
 
 
 def _as_run(layer: LayerRecord, factors: tuple[str, ...], fused: Mapping[str, str]) -> LayerRecord:
