@@ -36,6 +36,7 @@ from vqonnx.runtime import open_session, read_inputs
 
 # Batches of the calibration data on which the written model is run; enough to see that it works.
 _CHECKED_BATCHES = 8
+_BESIDE = 0.6  # of what a model has besides the weights that are compressed: about what a compact file has at most
 _NOISE_DB = 3.0  # of a layer's output: below, its error has half of its energy or more
 
 _log = logging.getLogger(__name__)
@@ -134,7 +135,8 @@ def compress(
         permuted = len(permute_channels(proto, path.parent, plan, feeds, seed=seed, progress=progress))
         shown = generate_feeds(path, shapes=input_shapes, seed=seed) if feeds is None else feeds.first()
         prove(path, proto, shown)
-    sharing = None
+    sharing, beside = None, 0.0
+    before = modelfile.file_bytes(path)
     if feeds is not None and any(isinstance(chosen, Budgeted) and chosen.shares for _, chosen in plan):
         menus = read_menus(
             proto,
@@ -147,7 +149,8 @@ def compress(
             progress=progress,
         )
         sharing = Sharing([chosen for _, chosen in plan], menus, lenient=by_default)
-    before = modelfile.file_bytes(path)
+        beside = before - sum(plan[number][0].nbytes for number in menus)
+        beside *= _BESIDE if compact else 1
 
     def attempt(limit: float | None) -> Result:
         """The compressed model; ``limit`` bytes for the layers that share, or what their methods say."""
@@ -178,7 +181,7 @@ def compress(
         check = generate_feeds(path, shapes=input_shapes, seed=seed) if feeds is None else feeds.first()
         return Result(draft, tuple(layers), skipped, target, path, before, check)
 
-    result = attempt(None) if limits is None else fit(attempt, limits, before, sharing)
+    result = attempt(None) if limits is None else fit(attempt, limits, before, sharing, beside)
     _warn_of_noise(result.layers)
     return result
 

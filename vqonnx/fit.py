@@ -81,7 +81,9 @@ def parse_size(text: str) -> int:
         raise OptionError(f"size '{text}' is not understood; write it like 300KB (1,000) or 1.5MiB (1,024)") from None
 
 
-def fit(attempt: Callable[[float | None], Result], limits: Limits, before: int, sharing: Sharing | None) -> Result:
+def fit(
+    attempt: Callable[[float | None], Result], limits: Limits, before: int, sharing: Sharing | None, beside: float = 0
+) -> Result:
     """The model that keeps to the limits.
 
     Args:
@@ -89,6 +91,7 @@ def fit(attempt: Callable[[float | None], Result], limits: Limits, before: int, 
         limits: What to keep to.
         before: Bytes of the original.
         sharing: The layers that share; None where there are none.
+        beside: About what the file will have besides the bytes of these layers, for the first attempt.
 
     Raises:
         OptionError: No layer's size can be chosen, or the smallest file is larger, or loses more, than is allowed.
@@ -98,17 +101,17 @@ def fit(attempt: Callable[[float | None], Result], limits: Limits, before: int, 
     wanted = limits.bytes_of(before)
     if wanted is None:
         return _least_loss(attempt, limits, sharing)
-    return _within(attempt, wanted, sharing)
+    return _within(attempt, wanted, sharing, beside)
 
 
-def _within(attempt: Callable[[float | None], Result], wanted: int, sharing: Sharing) -> Result:
+def _within(attempt: Callable[[float | None], Result], wanted: int, sharing: Sharing, beside: float) -> Result:
     """Bytes for the layers are corrected by what the file had too many or too few.
 
     They are halved between the most that kept to the size and the fewest that did not where a correction leads out of
     these.
     """
     low, high = sharing.least, sharing.most
-    budget = min(max(0.9 * wanted, low), high)
+    budget = min(max(_AIM * wanted - beside, low), high)
     best: Result | None = None
     sizes: dict[float, int] = {}  # of the file, by the bytes for the layers
     for enough in _ENOUGH:
