@@ -178,6 +178,24 @@ def test_a_size_is_met_where_layers_have_one(
     assert found.size >= 0.98 * wanted or found.size == file_of(sharing.most)
 
 
+def test_bytes_that_layers_have_no_use_for_are_not_tried_one_by_one() -> None:
+    """One large layer whose offers lie far apart: many budgets make the same file."""
+    sharing = cast(Sharing, SimpleNamespace(least=12_000.0, most=132_000.0))
+    offers = np.array([12_000, 20_000, 35_000, 58_000, 66_000, 132_000])
+    tried: list[float] = []
+
+    def attempt(budget: float | None) -> Any:
+        assert budget is not None
+        tried.append(budget)
+        return SimpleNamespace(size=130_000 + int(offers[offers <= budget][-1]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vqonnx.fit, "_bytes", lambda result: result.size)
+        found = cast(Any, fit(cast(Any, attempt), Limits(size=195_500), 10**6, sharing, 80_000))
+    assert found.size == 188_000
+    assert len(tried) <= 9, tried
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -19,6 +19,7 @@ from vqonnx.verify import Comparison, compare
 
 _AIM = 0.996  # of the size that is asked for; what layers take differs a little from what they were given
 _ENOUGH = (*[0.985] * 4, *[0.98] * 5)  # of it: after each attempt, the file may be so much smaller
+_NEAR = 0.002  # of it: files on both sides for so nearly equal bytes are a step apart that nothing fills
 _SEARCH = 6
 _STEEPEST = 8.0  # bytes of the file for a byte of codes: of one bit, stored as bytes
 _UNIT = {"": 1, "B": 1, "KB": 1000, "KIB": 1024, "MB": 1000**2, "MIB": 1024**2, "GB": 1000**3, "GIB": 1024**3}
@@ -108,7 +109,7 @@ def _within(attempt: Callable[[float | None], Result], wanted: int, sharing: Sha
     """Bytes for the layers are corrected by what the file had too many or too few.
 
     They are halved between the most that kept to the size and the fewest that did not where a correction leads out of
-    these.
+    these, or changes nothing.
     """
     low, high = sharing.least, sharing.most
     budget = min(max(_AIM * wanted - beside, low), high)
@@ -116,7 +117,9 @@ def _within(attempt: Callable[[float | None], Result], wanted: int, sharing: Sha
     sizes: dict[float, int] = {}  # of the file, by the bytes for the layers
     for enough in _ENOUGH:
         result = attempt(budget)
-        size = sizes[budget] = _bytes(result)
+        size = _bytes(result)
+        stuck = size in sizes.values()  # the layers have no use for some of their bytes
+        sizes[budget] = size
         _log.info("%d bytes for the layers make a file of %d, %d are wanted", budget, size, wanted)
         low, high = (budget, high) if size <= wanted else (low, budget)
         if size <= wanted and (best is None or size > _bytes(best)):
@@ -124,9 +127,9 @@ def _within(attempt: Callable[[float | None], Result], wanted: int, sharing: Sha
         if best is not None and _bytes(best) >= enough * wanted:
             break
         budget = min(max(budget + (_AIM * wanted - size) / _slope(sizes), sharing.least), sharing.most)
-        if budget in sizes or not low <= budget <= high:
+        if stuck or budget in sizes or not low <= budget <= high:
             budget = (low + high) / 2
-        if high - low < 1 or budget in sizes:
+        if budget in sizes or high - low < (1 if best is None else _NEAR * wanted):
             break
     if best is None and sharing.least not in sizes:  # before it is said that it cannot be done
         result = attempt(sharing.least)
