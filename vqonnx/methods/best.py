@@ -97,9 +97,9 @@ class Best(Budgeted):
     def encode(self, layer: Layer) -> Form:
         budget = self.bits * layer.weight.size / 8
         offers = self.offers(layer)
-        fitting = [offer for offer in offers if offer.bytes + _shared(layer, offer.method) <= budget]
+        fitting = [offer for offer in offers if offer.bytes + _shared(offer.method) <= budget]
         if not fitting:
-            least = min(offer.bytes + _shared(layer, offer.method) for offer in offers)
+            least = min(offer.bytes + _shared(offer.method) for offer in offers)
             bits = np.ceil(800 * least / layer.weight.size) / 100
             raise LeftAlone(f"{self.bits:g} bits a weight are {budget:.0f} bytes, too few; set bits={bits:g}")
         return min(fitting, key=lambda offer: offer.error).method.encode(layer)
@@ -108,16 +108,13 @@ class Best(Budgeted):
 def _offer(layer: Layer, tried: Method, offered: Method | None = None) -> Offer:
     """What a method does to a layer; ``tried`` may be a quicker one than is ``offered``."""
     form = tried.encode(layer)
-    size = float(form.nbytes - _shared(layer, tried))
+    size = float(form.nbytes - _shared(tried))
     if layer.weight.shape[1] > FULL_COLS and layer.moments is not None:
         return Offer(offered or tried, size, layer.moments.energy(layer.weight - form.decode()))
     error = target_of(layer, 1, asymmetric=False).distance(form.decode())
     return Offer(offered or tried, size, error)
 
 
-def _shared(layer: Layer, method: Method) -> int:
-    """Bytes of a codebook that other layers have as well, which a model stores once.
-
-    Depthwise convolutions come in numbers, all rounded; of other layers one or two are, and then pay for the codebook.
-    """
-    return uniform.book(method.bits).nbytes if layer.depthwise and isinstance(method, RTN) else 0
+def _shared(method: Method) -> int:
+    """Bytes of a codebook that a model stores once, for all layers that have it."""
+    return uniform.book(method.bits).nbytes if isinstance(method, RTN) else 0
