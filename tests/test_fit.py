@@ -191,7 +191,7 @@ def test_bytes_that_layers_have_no_use_for_are_not_tried_one_by_one() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vqonnx.fit, "_bytes", lambda result: result.size)
-        found = cast(Any, fit(cast(Any, attempt), Limits(size=195_500), 10**6, sharing, 80_000))
+        found = cast(Any, fit(attempt, Limits(size=195_500), 10**6, sharing, 80_000))
     assert found.size == 188_000
     assert len(tried) <= 9, tried
 

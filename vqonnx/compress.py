@@ -22,7 +22,7 @@ from vqonnx.fit import Limits, fit
 from vqonnx.fusion import fuse_layers, is_fused
 from vqonnx.generate import generate_feeds
 from vqonnx.graph import LINEAR, Skipped, find
-from vqonnx.menu import Progress, read_menus
+from vqonnx.menu import Progress, and_more, read_menus
 from vqonnx.method import Budgeted, Method, Needs
 from vqonnx.methods import PQ, Best
 from vqonnx.ops import DOMAIN
@@ -149,8 +149,7 @@ def compress(
             progress=progress,
         )
         sharing = Sharing([chosen for _, chosen in plan], menus, lenient=by_default)
-        beside = before - sum(plan[number][0].nbytes for number in menus)
-        beside *= _BESIDE if compact else 1
+        beside = (_BESIDE if compact else 1) * (before - sum(plan[number][0].nbytes for number in menus))
 
     def attempt(limit: float | None) -> Result:
         """The compressed model; ``limit`` bytes for the layers that share, or what their methods say."""
@@ -195,7 +194,7 @@ def _warn_of_noise(layers: Sequence[LayerRecord]) -> None:
     )
     if found:
         worst, name = found[0]
-        more = f" and {len(found) - 1} more layer{'s' * (len(found) > 2)}" if len(found) > 1 else ""
+        more = and_more(len(found) - 1)
         _log.warning(
             "%s%s: %sits output on the calibration data is only %.1f dB above its error (less than %g); give it more "
             "bits, or exclude it",

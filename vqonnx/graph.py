@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto
 
 from vqonnx.modelfile import to_array
-from vqonnx.scope import Scope, Use, attributes, is_constant, label, scopes
+from vqonnx.scope import Scope, Use, attributes, is_constant, node_name, scopes
 from vqonnx.view import View, ViewOrder, conv_transpose_view, conv_view, matmul_view
 
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -118,14 +118,14 @@ def find(model: ModelProto, folder: str | Path) -> Found:
             if node.domain not in (*_STANDARD, "com.microsoft"):
                 continue
             if node.op_type in _QUANTISED:
-                skipped[label(node)] = f"already quantised ({node.op_type})"
+                skipped[node_name(node)] = f"already quantised ({node.op_type})"
             elif node.op_type in _RECURRENT and node.domain in _STANDARD:
-                skipped[label(node)] = f"{node.op_type} weights are not compressed; only {', '.join(LINEAR)} are"
+                skipped[node_name(node)] = f"{node.op_type} weights are not compressed; only {', '.join(LINEAR)} are"
             elif node.op_type in LINEAR and node.domain in _STANDARD:
                 try:
                     site = _site(scope, node, Path(folder))
                 except _LeftAlone as reason:
-                    skipped.setdefault(reason.weight or label(node), str(reason))
+                    skipped.setdefault(reason.weight or node_name(node), str(reason))
                 else:
                     sites.setdefault((id(site.scope), site.name), site)
     return Found(tuple(sites.values()), tuple(Skipped(name, reason) for name, reason in skipped.items()))
@@ -174,9 +174,9 @@ def _trace(scope: Scope, weight: str) -> tuple[Scope, str]:
         if node.op_type == "DequantizeLinear":
             raise _LeftAlone("already quantised (weight behind DequantizeLinear)", weight)
         if node.op_type not in _CHAIN or node.domain not in _STANDARD:
-            raise _LeftAlone(f"weight is computed at run time (by {node.op_type} '{label(node)}')", weight)
+            raise _LeftAlone(f"weight is computed at run time (by {node.op_type} '{node_name(node)}')", weight)
         if node.op_type == "Reshape" and (len(node.input) < 2 or not is_constant(home, node.input[1])):
-            raise _LeftAlone(f"weight is reshaped to a size that is not constant (by '{label(node)}')", weight)
+            raise _LeftAlone(f"weight is reshaped to a size that is not constant (by '{node_name(node)}')", weight)
         name = node.input[0]
         home = home.home(name)
     if home is None:
@@ -203,7 +203,7 @@ def _check_users(home: Scope, name: str) -> None:
     direct = [use for use in home.uses.get(name, []) if _reads_weight(use)]
     for use in home.uses.get(name, []):
         if not _leads_to_weight(use):
-            other = f"{use.node.op_type} '{label(use.node)}'"
+            other = f"{use.node.op_type} '{node_name(use.node)}'"
             raise _LeftAlone(f"weight is also read by {other}, so it would stay in the file", name)
     if not direct:
         raise _LeftAlone("weight reaches its layers through different Transpose or Reshape nodes", name)

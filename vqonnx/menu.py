@@ -163,11 +163,16 @@ class FewRows:
         _log.warning(
             "%s%s: %s%d calibration rows for %d columns, so inputs are known in part and damped; more data help",
             name,
-            f" and {more} more layer{'s' * (more > 1)}" if more else "",
+            and_more(more),
             "at worst " if more else "",
             rows,
             cols,
         )
+
+
+def and_more(layers: int) -> str:
+    """What follows the name of a layer where a line is about more of them."""
+    return f" and {layers} more layer{'s' * (layers > 1)}" if layers else ""
 
 
 def _make_folder(cache: Path) -> None:

@@ -73,7 +73,7 @@ def scopes(model: ModelProto) -> tuple[Scope, ...]:
     return tuple(found)
 
 
-def label(node: NodeProto) -> str:
+def node_name(node: NodeProto) -> str:
     """What messages call a node."""
     return node.name or next(filter(None, node.output), node.op_type)
 
@@ -119,7 +119,7 @@ def _inner_scopes(scope: Scope) -> Iterator[Scope]:
         for attribute in node.attribute:
             graphs = [attribute.g] if attribute.HasField("g") else attribute.graphs
             for graph in graphs:
-                yield from _graph_scopes(graph, f"{scope.path}/{label(node)}.{attribute.name}", scope)
+                yield from _graph_scopes(graph, f"{scope.path}/{node_name(node)}.{attribute.name}", scope)
 
 
 def _note_uses(scope: Scope) -> None:
