@@ -30,7 +30,7 @@ void CheckPerm(std::span<const std::int64_t> perm) {
 Decode::Decode(const Inputs& inputs, std::span<const std::int64_t> perm, const Kernels& kernels) : kernels_(&kernels) {
   CheckPerm(perm);
   CheckType("codes", inputs.codes, std::array{Type::kUint8}, "uint8");
-  CheckFloats("codebooks", inputs.codebooks);
+  CheckWords("codebooks", inputs.codebooks);
   CheckFloats("scales", inputs.scales);
   CheckType("layout", inputs.layout, std::array{Type::kInt64}, "int64");
   CheckTensor("codes", inputs.codes, "[stages, rows, row_bytes]", 3);

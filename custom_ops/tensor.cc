@@ -50,6 +50,7 @@ std::optional<size_t> Times(size_t a, size_t b) {
 
 float FloatAt(const Tensor& tensor, size_t index) {
   if (tensor.type == Type::kFloat32) return static_cast<const float*>(tensor.data)[index];
+  if (tensor.type == Type::kInt8) return static_cast<float>(static_cast<const std::int8_t*>(tensor.data)[index]);
   return Widen(static_cast<const std::uint16_t*>(tensor.data)[index]);
 }
 
@@ -71,6 +72,10 @@ void CheckType(const char* name, const Tensor& tensor, std::span<const Type> all
 
 void CheckFloats(const char* name, const Tensor& tensor) {
   CheckType(name, tensor, std::array{Type::kFloat32, Type::kFloat16}, "float16 or float32");
+}
+
+void CheckWords(const char* name, const Tensor& tensor) {
+  CheckType(name, tensor, std::array{Type::kFloat32, Type::kFloat16, Type::kInt8}, "int8, float16 or float32");
 }
 
 }  // namespace vqonnx

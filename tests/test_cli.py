@@ -147,13 +147,13 @@ def test_speed_is_codes_of_one_length_in_fused_layers(run: Run, out: Path) -> No
     code, text, _ = run(*arguments, "--json")
     assert code == 0
     layers = json.loads(text)["layers"]
-    assert {layer["method"] for layer in layers} <= {"refined", "rtn"}
+    assert {layer["method"] for layer in layers} <= {"refined", "settled"}
     assert {layer["options"]["order"] for layer in layers} == {"hwi"}
     assert all(layer["fused"] for layer in layers)
     assert out.stat().st_size <= nets.MLP.stat().st_size / 8
     code, text, _ = run(*arguments, "--set", "codes=prefix", "--json")
     assert code == 0
-    assert {layer["method"] for layer in json.loads(text)["layers"]} <= {"entropy", "rtn"}
+    assert {layer["method"] for layer in json.loads(text)["layers"]} <= {"entropy", "settled"}
 
 
 def test_compress_reads_the_configuration(run: Run, source: Path, out: Path, tmp_path: Path) -> None:

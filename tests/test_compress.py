@@ -411,7 +411,7 @@ def test_every_source_of_calibration_data_gives_the_same_file(tmp_path: Path) ->
 
 def test_calibration_data_pick_the_method() -> None:
     chosen = vqonnx.compress(MLP, calibration=[{"image": nets.images(16)}], include=["fc3*", "fc2*"])
-    assert {layer.method for layer in chosen.layers} <= {"refined", "rtn"}
+    assert {layer.method for layer in chosen.layers} <= {"refined", "settled"}
     assert {layer.method for layer in vqonnx.compress(MLP, include=["fc3*"]).layers} == {"pq"}
     with pytest.raises(OptionError, match=r"'bgd' needs calibration data; give --calibration, or choose method pq"):
         vqonnx.compress(MLP, BGD())

@@ -120,12 +120,12 @@ def coded(draw: st.DrawFn) -> Coded:
     books = draw(st.integers(1, groups))
     words = draw(st.sampled_from((1, 2, 3, 5, 16, 17, 255, 256, 257, 1024, 2047, 65536)))
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
-    kind = draw(st.sampled_from((np.float16, np.float32)))
+    kind = draw(st.sampled_from((np.int8, np.float16, np.float32)))
     shape = draw(st.sampled_from((None, (rows, 1), (1, 1))))
     scale_kind = draw(st.sampled_from((np.float16, np.float32)))
     return Coded(
         codes=rng.integers(0, words, (stages, rows, groups)).astype(np.uint16),
-        codebooks=rng.normal(size=(stages, books, words, width)).astype(kind),
+        codebooks=(rng.uniform(-1, 1, (stages, books, words, width)) * (127 if kind == np.int8 else 3)).astype(kind),
         cols=cols,
         scales=None if shape is None else rng.normal(size=shape).astype(scale_kind),
     )
@@ -240,7 +240,10 @@ def test_the_parts_that_are_exchanged_below_fit_together() -> None:
         ({"codes": np.zeros((2, 3, 3), np.int64)}, r"int64\[2, 3, 3\].*uint8 or uint16 \[stages, rows, groups\]"),
         ({"codes": np.zeros((3, 3), np.uint8)}, r"uint8\[3, 3\].*\[stages, rows, groups\]"),
         ({"codes": np.zeros((2, 0, 3), np.uint8)}, r"uint8\[2, 0, 3\]"),
-        ({"codebooks": np.zeros((2, 1, 4, 3))}, r"codebooks are float64\[2, 1, 4, 3\].*float16 or float32 with 4 axes"),
+        (
+            {"codebooks": np.zeros((2, 1, 4, 3))},
+            r"codebooks are float64\[2, 1, 4, 3\].* int8, float16 or float32 with 4",
+        ),
         ({"codebooks": np.zeros((1, 4, 3), np.float32)}, r"codebooks are float32\[1, 4, 3\].*4 axes"),
         ({"codebooks": np.zeros((2, 1, 0, 3), np.float32)}, r"codebooks are float32\[2, 1, 0, 3\]"),
         ({"codebooks": np.full((2, 1, 4, 3), np.inf, np.float16)}, r"codebooks hold a value that is not finite"),

@@ -124,7 +124,7 @@ def layers(draw: st.DrawFn) -> tuple[Layer, tuple[int, ...]]:
         words=draw(st.integers(1, 300)),
         stages=draw(st.integers(1, 3)),
         books=draw(st.sampled_from([1, 2, 10**6])),
-        dtype=draw(st.sampled_from([np.float16, np.float32])),
+        dtype=draw(st.sampled_from([np.int8, np.float16, np.float32])),
         scales=draw(st.sampled_from([None, np.float16, np.float32])),
     )
     layer = conv(

@@ -100,9 +100,12 @@ def random_form(
 ) -> Coded:
     rng = np.random.default_rng(seed)
     groups = -(-cols // width)
+    codes = rng.integers(0, words, (stages, rows, groups), dtype=np.uint16)
+    shape = (stages, min(books, groups), words, width)
+    whole = dtype == np.int8
     return Coded(
-        codes=rng.integers(0, words, (stages, rows, groups), dtype=np.uint16),
-        codebooks=rng.standard_normal((stages, min(books, groups), words, width)).astype(dtype),
+        codes=codes,
+        codebooks=rng.integers(-128, 128, shape, np.int8) if whole else rng.standard_normal(shape).astype(dtype),
         cols=cols,
         scales=None if scales is None else rng.standard_normal((rows, 1)).astype(scales),
     )
@@ -166,7 +169,7 @@ def cases(draw: st.DrawFn) -> tuple[Coded, tuple[int, ...], tuple[int, ...]]:
         width=width,
         words=words,
         books=draw(st.sampled_from([1, 2, 10**6] if words <= 256 else [1, 2])),
-        dtype=draw(floats),
+        dtype=draw(st.just(np.int8) | floats),
         scales=draw(st.none() | floats),
     )
     if form.scales is not None and draw(st.booleans()):

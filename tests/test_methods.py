@@ -36,9 +36,9 @@ every_method = pytest.mark.parametrize("kind", METHODS, ids=IDS)
 RANDOM = ("kmeans", "pq", "bgd", "residual", "refined", "best")  # those that a seed can change
 
 
-def having(option: str) -> pytest.MarkDecorator:
-    """Every method that has such an option."""
-    kinds = [kind for kind in METHODS if option in {field.name for field in fields(kind)}]
+def having(option: str, *but: type[Method]) -> pytest.MarkDecorator:
+    """Every method that has such an option, but these."""
+    kinds = [kind for kind in METHODS if kind not in but and option in {field.name for field in fields(kind)}]
     assert kinds, option
     return pytest.mark.parametrize("kind", kinds, ids=[kind.id for kind in kinds])
 
@@ -214,7 +214,7 @@ def test_more_bits_never_raise_the_error_on_average(kind: type[Method]) -> None:
     assert means == sorted(means), f"{kind.id}: {means}"
 
 
-@having("codebook")
+@having("codebook", Best)
 def test_float32_codebooks_cost_twice_and_are_no_worse(kind: type[Method]) -> None:
     layer = with_moments(gaussian(64, 72, 0, (3, 3)))
     half, single = kind(codebook="float16").encode(layer), kind(codebook="float32").encode(layer)
@@ -224,7 +224,24 @@ def test_float32_codebooks_cost_twice_and_are_no_worse(kind: type[Method]) -> No
     assert snr(layer, single) >= snr(layer, half) - 0.01
 
 
-@having("codebook")
+@pytest.mark.parametrize("scale", ["none", "row"])
+def test_codebooks_of_whole_numbers_cost_half_and_lose_next_to_nothing(scale: Literal["none", "row"]) -> None:
+    layer = with_moments(gaussian(64, 72, 0, (3, 3)))
+    half = Refined(scale=scale).encode(layer)
+    for size in (1.0, 1e-9, 1e9):  # the scale holds what float16 words cannot
+        scaled = replace(layer, weight=layer.weight * np.float32(size))
+        whole = Refined(scale=scale, codebook="int8").encode(scaled)
+        assert whole.codebooks.dtype == np.int8
+        assert whole.scales is not None
+        assert whole.scales.shape == (1 if scale == "none" else 64, 1)
+        assert whole.scales.dtype == (np.float16 if size == 1 else np.float32)
+        assert snr(scaled, whole) > snr(layer, half) - (0.1 if size == 1 else 0.5)  # k-means ends elsewhere
+        assert int(np.abs(whole.codebooks.astype(int)).max()) == 127
+        if size == 1:
+            assert half.nbytes - whole.nbytes == whole.codebooks.nbytes - (2 if scale == "none" else 0)
+
+
+@having("codebook", Best)
 def test_weights_beyond_float16_are_left_alone_or_kept_in_float32(kind: type[Method]) -> None:
     layer = gaussian(64, 72, 0, (3, 3))
     layer = replace(layer, weight=layer.weight * 1e7)
@@ -588,6 +605,7 @@ def test_only_these_ask_for_data() -> None:
         "bgd",
         "transform",
         "refined",
+        "settled",
         "entropy",
         "best",
     ]
@@ -905,8 +923,11 @@ def test_steps_beyond_float16_are_float32(size: float) -> None:
     assert (usual.scales.dtype, form.scales.dtype) == (np.float16, np.float32)
     np.testing.assert_allclose(form.decode() / np.float32(size), usual.decode(), rtol=1e-3)
     assert [offer.bytes for offer in Best(codes="prefix").offers(layer)]
-    if size < 1:  # words of float16 cannot hold these, steps can
-        assert {offer.method.id for offer in Best().offers(layer)} == {"rtn"}
+    if size < 1:  # words of float16 cannot hold these, scales can
+        with_scales = {str(offer.method.options.get("scale")) for offer in Best(codebook="float16").offers(layer)}
+        assert with_scales == {"row", "None"}
+        with_scales = {str(offer.method.options.get("scale")) for offer in Best().offers(layer)}
+        assert with_scales == {"row", "none", "None"}
 
 
 def test_very_wide_layers_are_encoded_without_a_full_matrix_of_moments() -> None:
@@ -926,9 +947,9 @@ def test_very_wide_layers_are_encoded_without_a_full_matrix_of_moments() -> None
 def test_layers_too_large_for_prefix_codes_have_others(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = with_moments(gaussian(40, 36, 4))
     prefix = {offer.method.id for offer in Best(codes="prefix").offers(layer)}
-    assert prefix == {"entropy", "rtn"}
+    assert prefix == {"entropy", "settled"}
     for module in ("entropy", "best"):
         monkeypatch.setattr(f"vqonnx.methods.{module}.MOST_WEIGHTS", 40 * 36 - 1)
     with pytest.raises(LeftAlone, match="1,440 weights are too many for prefix codes"):
         Entropy().encode(layer)
-    assert {offer.method.id for offer in Best(codes="prefix").offers(layer)} == {"refined", "rtn"}
+    assert {offer.method.id for offer in Best(codes="prefix").offers(layer)} == {"refined", "settled"}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vqonnx.refine import Array, Target, alternate, assign, descend, feed_back, refit, update_words
+from vqonnx.refine import Array, Target, alternate, assign, descend, feed_back, refit, row_factors, update_words
 
 
 def problem(rows: int, cols: int, width: int, words: int, seed: int, groups: int = 1, scaled: bool = False) -> Any:
@@ -54,8 +54,24 @@ def test_no_step_makes_the_error_larger(made: Any) -> None:
     slack = 1e-9 * (1 + before)
     assert target.error(descend(target, codes, words), words) <= before + slack
     assert target.error(codes, refit(target, codes, words)) <= before + slack
-    done, better = alternate(target, codes, words, 2, lambda values: values)
-    assert target.error(done, better) <= before + slack
+    for scaled in (False, True):
+        found, done, better = alternate(target, codes, words, 2, scaled=scaled)
+        assert found.error(done, better) <= before + slack
+        assert scaled or (found.scales == target.scales).all()
+
+
+@given(made=PROBLEMS)
+def test_no_other_factor_of_a_row_is_better(made: Any) -> None:
+    target, codes, words = made
+    decoded = target.decode(codes, words)
+    factors = row_factors(target, decoded)
+    assert (factors > 0).all()
+    least = target.distance(factors[:, None] * decoded)
+    for row in range(len(decoded)):
+        for other in (0.5, 0.99, 1.01, 2.0):
+            changed = factors.copy()
+            changed[row] *= other
+            assert least <= target.distance(changed[:, None] * decoded) * (1 + 1e-9) + 1e-12 or factors[row] == 1
 
 
 @given(made=PROBLEMS)
@@ -142,6 +158,6 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
     flat = Target(target.weight, (dead,), 2, target.scales)
     for metric in (dead, np.zeros((4, 4))):
         flat = Target(target.weight, (metric,), 2, target.scales)
-        done, better = alternate(flat, feed_back(flat, words), words, 2, lambda values: values)
+        _, done, better = alternate(flat, feed_back(flat, words), words, 2)
         assert np.isfinite(better).all()
         assert flat.error(done, better) <= flat.error(codes, words) + 1e-9

@@ -24,6 +24,8 @@ from vqonnx.methods import PQ, SVD, KMeans
 from vqonnx.place import Placement, Target, place
 from vqonnx.record import LayerRecord, write_record
 from vqonnx.training.coded import CodedModel, FixedCodes
+from vqonnx.uniform import coded as coded_rows
+from vqonnx.uniform import search_steps
 
 NOWHERE = Path("model.onnx")
 TARGETS: tuple[Target, ...] = ("hybrid", "portable", "custom")
@@ -195,3 +197,27 @@ def test_codes_from_constant_nodes_are_read(tmp_path: Path) -> None:
         assert one.name == other.name
         assert torch.equal(one.compute(values), other.compute(values))
     assert numpy_helper.to_array(model.graph.initializer[0]).dtype == np.float16
+
+
+# Whole numbers
+
+
+def test_of_multiples_of_a_step_the_steps_move() -> None:
+    rows = np.random.default_rng(0).normal(size=(6, 10))
+    form = coded_rows(rows, search_steps(rows, 4, np.ones((1, 1))), 4)
+    model = CodedModel(placed(gemm(form), [form]), NOWHERE)
+    ((name, steps),) = model.parameters("mean").items()
+    assert form.scales is not None
+    assert steps.shape == form.scales.shape
+    made = model.weights[0].compute({name: steps * 2})
+    np.testing.assert_array_equal(made.detach().numpy(), 2 * model.weights[0].compute({name: steps}).detach().numpy())
+
+
+def test_words_of_whole_numbers_stay_whole() -> None:
+    book = np.array([[[[-127, 3], [5, 127]]]], np.int8)
+    form = Coded(np.array([[[0, 1], [1, 1]]], np.uint8), book, 4, np.full((1, 1), 0.5, np.float32))
+    model = CodedModel(placed(gemm(form), [form]), NOWHERE)
+    ((name, words),) = model.parameters("sum").items()
+    assert words.shape == book.shape
+    moved = model.stored({name: words + torch.tensor([[0.4, 0.6], [-0.6, 9.0]])})[name]
+    assert moved.tolist() == [[[[-127, 4], [4, 127]]]]

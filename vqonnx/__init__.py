@@ -20,6 +20,7 @@ from vqonnx.methods import (
     KMeans,
     Refined,
     Residual,
+    Settled,
     Transform,
 )
 from vqonnx.plan import Override
@@ -57,6 +58,7 @@ __all__ = [
     "Residual",
     "Result",
     "Saved",
+    "Settled",
     "Transform",
     "VerifyError",
     "VqonnxError",

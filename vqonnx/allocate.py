@@ -17,8 +17,8 @@ from vqonnx.lagrange import Curve, allocate, least_rate
 from vqonnx.menu import Menu
 from vqonnx.method import Budgeted, Method, Offer
 
-# The codebooks of whole numbers, float16, for 1 to 8 bits: equal ones are stored once for the whole model.
-_CODEBOOK_BYTES = 2 * (2**9 - 2)
+# The codebooks of whole numbers for 1 to 8 bits: equal ones are stored once for the whole model.
+_CODEBOOK_BYTES = 2**9 - 2
 _ROUNDING = 1e-4  # bits of a layer are written with four digits, rounded up
 _RESERVE = 0.01  # of what layers may take by their bits, for those that take more than is left
 _DRIFT = 0.003  # of what all layers have: by so much may what is left differ from what is planned

@@ -23,7 +23,7 @@ from vqonnx.tidy import pack
 _LIMIT = 65536  # bytes of a constant that is bundled
 _SPLIT_INPUT = 13  # opset from which on Split takes its sizes as an input
 _SPLIT_COUNT = 18  # opset from which on Split has to be told into how many equal parts it divides
-_ALWAYS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8)
+_ALWAYS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8, TensorProto.INT8)
 _Kind = tuple[int, tuple[int, ...], bool]  # element type, shape behind the first axis, whether float16 holds it exactly
 
 

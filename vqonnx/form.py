@@ -23,7 +23,8 @@ MAX_BITS = 16
 Matrix = NDArray[np.float32]
 Codes = NDArray[np.unsignedinteger[Any]]  # uint8 or uint16
 Apply = Literal["weights", "activations", "cheaper"]
-_FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
+_FLOATS = (np.dtype(np.float16), np.dtype(np.float32))
+_WORDS = (np.dtype(np.int8), *_FLOATS)
 
 
 def code_bits(words: int) -> int:
@@ -111,7 +112,7 @@ class Dense(Form):
     values: NDArray[Any]
 
     def __post_init__(self) -> None:
-        _check_floats("values", self.values, 2)
+        _check_numbers("values", self.values, 2)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -133,7 +134,7 @@ class Coded(Form):
 
     Attributes:
         codes: ``[stages, rows, groups]``, not packed: uint8, or uint16 where there are more than 256 words (made so).
-        codebooks: float16 or float32 ``[stages, books, words, width]``, at most 65,536 words; no -0.0 (made 0.0).
+        codebooks: int8, float16 or float32 ``[stages, books, words, width]``, at most 65,536 words; no -0.0 (made 0.0).
         cols: Columns of the matrix; ``groups == ceil(cols / width)``.
         scales: float16 or float32 ``[rows, 1]`` or ``[1, 1]``; None means 1.
         coding: How the codes are stored: None with a fixed number of bits, or prefix codes (one stage, one book, at
@@ -152,7 +153,7 @@ class Coded(Form):
                 f"codes are {self.codes.dtype}{list(self.codes.shape)}; "
                 "they must be uint8 or uint16 [stages, rows, groups]"
             )
-        _check_floats("codebooks", self.codebooks, 4)
+        _check_numbers("codebooks", self.codebooks, 4, _WORDS)
         # Adding 0 makes 0.0 of -0.0: runtimes may start the sum over stages from 0.0, and then lose that sign.
         object.__setattr__(self, "codebooks", self.codebooks + self.codebooks.dtype.type(0))
         stages, rows, groups = self.codes.shape
@@ -169,7 +170,7 @@ class Coded(Form):
         if self.books > groups:
             raise FormError(f"{self.books} books for {groups} groups; at most one book a group")
         if self.scales is not None:
-            _check_floats("scales", self.scales, 2)
+            _check_numbers("scales", self.scales, 2)
             if self.scales.shape not in ((rows, 1), (1, 1)):
                 raise FormError(f"scales are {list(self.scales.shape)}; they must be [{rows}, 1] or [1, 1]")
         if self.coding is not None and (stages > 1 or self.books > 1 or self.words > 256):
@@ -332,10 +333,11 @@ def stored_arrays(form: Form) -> Iterator[NDArray[Any]]:
             yield from stored_arrays(part)
 
 
-def _check_floats(name: str, array: NDArray[Any], ndim: int) -> None:
-    if array.dtype not in _FLOATS or array.ndim != ndim or not array.size:
+def _check_numbers(name: str, array: NDArray[Any], ndim: int, kinds: tuple[np.dtype[Any], ...] = _FLOATS) -> None:
+    if array.dtype not in kinds or array.ndim != ndim or not array.size:
+        *some, last = map(str, kinds)
         raise FormError(
-            f"{name} are {array.dtype}{list(array.shape)}; they must be float16 or float32 with {ndim} axes"
+            f"{name} are {array.dtype}{list(array.shape)}; they must be {', '.join(some)} or {last} with {ndim} axes"
         )
     if not np.isfinite(array).all():
         raise FormError(f"{name} hold a value that is not finite; check the weights, or use float32 codebooks")

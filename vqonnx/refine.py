@@ -8,8 +8,8 @@ the least-squares codebook, and by error feedback from block to block (Frantar e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -265,23 +265,41 @@ def feed_back(target: Target, words: Array, damping: float = 0.01) -> Codes:
     return codes
 
 
+def row_factors(target: Target, decoded: NDArray[np.floating]) -> Array:
+    """What each row of ``decoded`` must be multiplied by for the least error, ``[rows]``; 1 where that is not positive.
+
+    With Q what is decoded and w the row: ``(w H Q^T) / (Q H Q^T)``.
+    """
+    across, energy = np.zeros(len(decoded)), np.zeros(len(decoded))
+    for rows, metric in target.parts():
+        seen = decoded[rows] @ metric
+        across[rows] = np.einsum("ij,ij->i", seen, target.weight[rows])
+        energy[rows] = np.einsum("ij,ij->i", seen, decoded[rows])
+    usable = (energy > 0) & (across > 0)
+    return np.where(usable, across / np.where(usable, energy, 1.0), 1.0)
+
+
 def alternate(
-    target: Target, codes: Codes, words: Array, rounds: int, store: Callable[[Array], Array]
-) -> tuple[Codes, Array]:
-    """Coordinate descent and refit in turn; then the words as they are stored, and a last descent with those.
+    target: Target, codes: Codes, words: Array, rounds: int, *, scaled: bool = False
+) -> tuple[Target, Codes, Array]:
+    """Coordinate descent, codewords and, where rows are ``scaled``, their scales in turn.
 
     Args:
         target: The weight.
         codes: Where to begin, ``[rows, groups]``.
         words: The same, ``[k, width]``.
-        rounds: Of both.
-        store: Rounds words to the type in which they are stored.
+        rounds: Of each of them.
+        scaled: Whether the scales of the target may change.
+
+    Returns:
+        The target with its scales, the codes and the words.
     """
     for _ in range(rounds):
         codes = descend(target, codes, words)
         words = refit(target, codes, words)
-    words = store(words)
-    return descend(target, codes, words), words
+        if scaled:
+            target = replace(target, scales=target.scales * row_factors(target, target.decode(codes, words)))
+    return target, codes, words
 
 
 def _solve(left: Array, right: Array, words: Array) -> Array:

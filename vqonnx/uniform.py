@@ -25,13 +25,13 @@ _SMALLEST, _LARGEST = 2.0**-8, 2.0**11
 Array = NDArray[np.float64]
 
 
-def book(bits: int) -> NDArray[np.float16]:
+def book(bits: int) -> NDArray[np.int8]:
     """The codebook ``[2**bits, 1]``: the whole numbers ``-2^(bits-1) .. 2^(bits-1) - 1``, the same for all layers.
 
     >>> book(2).ravel().tolist()
-    [-2.0, -1.0, 0.0, 1.0]
+    [-2, -1, 0, 1]
     """
-    return np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=np.float16)[:, None]
+    return np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=np.int8)[:, None]
 
 
 def search_steps(rows: Array, bits: int, weights: Array) -> NDArray[Any]:

@@ -27,6 +27,7 @@ class Golden:
     stages: int = 1
     books: int = 1
     half: bool = False
+    whole: bool = False  # int8 words; `half` is then the type of the scales
     scales: int = 0  # 0: the factor 1.0
 
 
@@ -41,6 +42,9 @@ GOLDEN = {
     "more_bits_than_needed": Golden(3, 11, 2, 6, 5, (3, 11), (0, 1), scales=3),
     "eleven_bits_tail": Golden(5, 25, 2, 11, 1100, (5, 25), (1, 0), half=True, scales=5),
     "sixteen_bits_two_stages": Golden(2, 21, 1, 16, 300, (2, 3, 7), (1, 2, 0), stages=2, half=True),
+    "whole_words_one_factor": Golden(4, 19, 3, 6, 40, (4, 19), (1, 0), half=True, scales=1, whole=True),
+    "whole_numbers_by_rows": Golden(5, 12, 1, 8, 256, (5, 3, 4), (0, 2, 1), scales=5, whole=True),
+    "whole_words_two_stages": Golden(3, 10, 2, 4, 16, (3, 10), (0, 1), stages=2, books=5, whole=True),
 }
 
 
@@ -59,7 +63,10 @@ def make(golden: Golden, seed: int) -> dict[str, Any]:
     groups = -(-g.cols // g.width)
     codes = [number % g.words for number in numbers(g.stages * g.rows * groups, seed)]
     values = [(number % 4001 - 2000) / 777 for number in numbers(g.stages * g.books * g.words * g.width, seed + 1)]
-    codebooks = np.array(values, float_type).reshape(g.stages, g.books, g.words, g.width)
+    if g.whole:
+        values = [number % 256 - 128 for number in numbers(len(values), seed + 1)]
+    word_type = np.int8 if g.whole else float_type
+    codebooks = np.array(values, word_type).reshape(g.stages, g.books, g.words, g.width)
     factors = [0.5 + number % 1000 / 700 for number in numbers(g.scales, seed + 2)] or [1.0]
     scales = np.array(factors, float_type).reshape(-1, 1)
 

@@ -17,6 +17,7 @@ from vqonnx.methods.pq import PQ
 from vqonnx.methods.refined import Refined
 from vqonnx.methods.residual import Residual
 from vqonnx.methods.rtn import RTN
+from vqonnx.methods.settled import Settled
 from vqonnx.methods.svd import SVD
 from vqonnx.methods.transform import Transform
 
@@ -33,6 +34,7 @@ __all__ = [
     "KMeans",
     "Refined",
     "Residual",
+    "Settled",
     "Transform",
     "method_by_name",
 ]
@@ -48,6 +50,7 @@ METHODS: tuple[type[Method], ...] = (
     DQC,
     Transform,
     Refined,
+    Settled,
     Entropy,
     Best,
 )

@@ -1,14 +1,16 @@
 """The best accuracy for a size: from a menu of encodings, each layer gets what the whole model gains most by.
 
-`refined` product quantisation at widths of 1 to 4 and small codebooks; or prefix codes (`entropy`) at every step, in
-smaller files that take seconds and gigabytes to load (docs/quality.md). Depthwise convolutions hold few weights and are
-sensitive: 5 to 8 bits a weight. Which encodings are on the menu was decided by what won on real networks.
+`refined` product quantisation at widths of 1 to 4 and small codebooks of whole numbers; or prefix codes (`entropy`) at
+every step, in smaller files that take seconds and gigabytes to load (docs/quality.md). Depthwise convolutions hold few
+weights and are sensitive: multiples of a step (`settled`) of 5 to 8 bits. Which encodings are on the menu was decided by what won on real networks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -22,6 +24,7 @@ from vqonnx.methods.entropy import MOST_WEIGHTS, Entropy
 from vqonnx.methods.kmeans import KMeans
 from vqonnx.methods.refined import Refined
 from vqonnx.methods.rtn import RTN
+from vqonnx.methods.settled import Settled
 from vqonnx.moments import FULL_COLS
 from vqonnx.refine import target_of
 
@@ -35,6 +38,8 @@ _LARGE_WEIGHTS = 2**16
 _WIDE_ROWS = ((8, 8), (4, 6), (4, 8), (2, 6))  # of layers whose moments are not kept in full
 _WIDE = ((8, 6), (8, 8))  # along the input channels, where kernels have tables for such blocks
 _MOST_BITS = 32
+_ROUNDS = 6
+_FEW_COLS = 1536  # up to which error feedback is quick enough for a look
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Best(Budgeted):
         codes: Codes of one length (``fixed``), or ``prefix`` codes, which differ in length.
         beam: Choices that a row of weights keeps while prefix codes are chosen: fewer are faster, and less exact.
         asymmetric: Aim at the output of the original layer on the original input.
+        codebook: Type of the codebooks of `refined`.
     """
 
     id: ClassVar[str] = "best"
@@ -55,6 +61,7 @@ class Best(Budgeted):
     codes: Literal["fixed", "prefix"] = "fixed"
     beam: int = 16
     asymmetric: bool = True
+    codebook: Literal["int8", "float16"] = "int8"
 
     @property
     def pairs(self) -> bool:
@@ -72,7 +79,7 @@ class Best(Budgeted):
 
     def offers(self, layer: Layer) -> list[Offer]:
         fewest = 5 if layer.depthwise else 7  # others do better by what follows, up to what 256 multiples of a step can
-        fine = [_offer(layer, RTN(self.order, bits)) for bits in range(fewest, 9)]
+        fine = list(self._fine(layer, range(fewest, 9)))
         if layer.depthwise and self.codes == "fixed":
             return fine
         if layer.weight.shape[1] > FULL_COLS:
@@ -82,17 +89,37 @@ class Best(Budgeted):
         if self.codes == "prefix" and layer.weight.size <= MOST_WEIGHTS:
             chosen = Entropy(order=self.order, beam=self.beam, asymmetric=self.asymmetric)
             return [*chosen.offers(layer), *fine]
-        vectors = layer.weight.size
-        choices = _LARGE if layer.weight.size >= _LARGE_WEIGHTS else _SMALL
+        weights = layer.weight.size
+        choices = _LARGE if weights >= _LARGE_WEIGHTS else _SMALL
         choices = (*choices, *_FINE, *(_WIDE if self.order == "hwi" else ()))
-        sizes = [(w, b) for w, b in choices if w <= layer.weight.shape[1] and w * 2**b * w <= vectors // 2]
+        sizes = [(w, b) for w, b in choices if w <= layer.weight.shape[1] and w * 2**b * w <= weights // 2]
         found = []
-        for width, bits in sizes:
-            method = Refined(self.order, width, bits, asymmetric=self.asymmetric)
-            quick = replace(method, rounds=1, asymmetric=False, quick=True)
+        scales: tuple[Literal["none", "row"], ...] = ("none", "row") if weights < _LARGE_WEIGHTS else ("row",)
+        start: Literal["assign", "feedback"] = "feedback" if layer.weight.shape[1] <= _FEW_COLS else "assign"
+        for (width, bits), scale in product(sizes, scales):
+            method = Refined(
+                self.order,
+                width,
+                bits,
+                rounds=_ROUNDS,
+                asymmetric=self.asymmetric,
+                start="feedback",
+                scale=scale,
+                codebook=self.codebook,
+            )
+            quick = replace(method, rounds=2, asymmetric=False, start=start, quick=True)
             with suppress(LeftAlone):  # words that float16 does not hold
                 found.append(_offer(layer, quick, method))
         return [*found, *fine]
+
+    def _fine(self, layer: Layer, bits: Iterable[int]) -> Iterator[Offer]:
+        """Multiples of a step for each row, whose codes lose next to nothing."""
+        for number in bits:
+            if layer.weight.shape[1] > FULL_COLS:
+                yield _offer(layer, RTN(self.order, number))
+            else:
+                method = Settled(self.order, number, asymmetric=self.asymmetric)
+                yield _offer(layer, replace(method, rounds=1, asymmetric=False), method)
 
     def encode(self, layer: Layer) -> Form:
         budget = self.bits * layer.weight.size / 8
@@ -117,4 +144,4 @@ def _offer(layer: Layer, tried: Method, offered: Method | None = None) -> Offer:
 
 def _shared(method: Method) -> int:
     """Bytes of a codebook that a model stores once, for all layers that have it."""
-    return uniform.book(method.bits).nbytes if isinstance(method, RTN) else 0
+    return uniform.book(method.bits).nbytes if isinstance(method, (RTN, Settled)) else 0

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from vqonnx.method import LeftAlone
 
 CodebookType = Literal["float16", "float32"]
+_MOST = 127  # the largest of the whole numbers of an int8 codebook
+_SMALLEST, _LARGEST = 2.0**-13, 60000.0  # scales that float16 holds with 10 bits or more; others are float32
 
 
 def store(words: NDArray[np.floating], kind: CodebookType, *, option: str = "codebook") -> NDArray[Any]:
@@ -25,6 +27,26 @@ def store(words: NDArray[np.floating], kind: CodebookType, *, option: str = "cod
     if kind == "float16" and 0 < largest < low:
         raise LeftAlone(f"weights of at most {largest:.3g} are lost in float16 ({low:.2g}); set {option}=float32")
     return words.astype(kind)
+
+
+def whole_numbers(words: NDArray[np.floating], scales: NDArray[np.floating]) -> tuple[NDArray[np.int8], NDArray[Any]]:
+    """Words as whole numbers of -127 to 127, and the factors ``[n, 1]`` that make them what they were.
+
+    Args:
+        words: ``[words, width]``.
+        scales: What rows of words are multiplied by besides: ``[rows]``, or ``[1]`` where that is the same for all.
+    """
+    step = float(np.abs(words).max(initial=0)) / _MOST or 1.0
+    factors = store_scales(scales * step)
+    if len(scales) == 1:  # the words are multiples of the step as it is stored
+        step = float(factors.item()) / float(scales.item())
+    return np.clip(np.rint(words / step), -_MOST, _MOST).astype(np.int8), factors
+
+
+def store_scales(scales: NDArray[np.floating]) -> NDArray[Any]:
+    """Positive scales ``[n]`` as they are stored, ``[n, 1]``: float16, or float32 where that would hold them badly."""
+    fine = scales.min() >= _SMALLEST and scales.max() <= _LARGEST
+    return scales[:, None].astype(np.float16 if fine else np.float32)
 
 
 def clamp_words(words: int, vectors: int) -> int:

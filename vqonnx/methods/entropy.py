@@ -161,7 +161,7 @@ def _store(target: Target, made: Quantised, step: float) -> Coded:
     kind = np.float16 if _SMALLEST <= best <= _LARGEST else np.float32
     return Coded(
         (levels + most).astype(np.uint8)[None],
-        np.arange(-most, most + 1, dtype=np.float16)[None, None, :, None],
+        np.arange(-most, most + 1, dtype=np.int8)[None, None, :, None],
         levels.shape[1],
         np.array([[best]], kind),
         Prefix(

@@ -8,7 +8,7 @@ goes to the layer's bias, which the pass corrects.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from vqonnx.cluster import kmeans, one_thread
 from vqonnx.form import Coded
 from vqonnx.method import Layer, LeftAlone, Method, Needs, check_range
-from vqonnx.methods.codebook import CodebookType, store
+from vqonnx.methods.codebook import store, store_scales, whole_numbers
 from vqonnx.moments import FULL_COLS
-from vqonnx.refine import Array, alternate, assign, feed_back, target_of, update_words
+from vqonnx.refine import Array, alternate, assign, descend, feed_back, target_of, update_words
 
 _WIDTH = 4
 _METRIC_ROUNDS = 4
@@ -35,8 +35,8 @@ class Refined(Method):
         rounds: Of coordinate descent and least-squares codewords.
         asymmetric: Aim at the output of the original layer on the original input.
         start: Codes to begin with: each block's best on its own (``assign``), or error feedback (``feedback``).
-        scale: ``none``, or one factor for each ``row`` (the root of its mean square).
-        codebook: Type of the stored codebook.
+        scale: ``none``, or one factor for each ``row``: its root mean square, later that of least error.
+        codebook: Type of the stored codebook; ``int8`` is whole numbers, whose factor is a scale.
         quick: K-means in few iterations, for a look at what a layer can do.
     """
 
@@ -48,7 +48,7 @@ class Refined(Method):
     asymmetric: bool = True
     start: Literal["assign", "feedback"] = "assign"
     scale: Literal["none", "row"] = "none"
-    codebook: CodebookType = "float16"
+    codebook: Literal["int8", "float16", "float32"] = "float16"
     quick: bool = False
 
     @property
@@ -71,8 +71,7 @@ class Refined(Method):
         width = self.width or min(_WIDTH, cols)
         if cols < width:
             raise LeftAlone(f"width {width} is more than the {cols} columns of a row")
-        scales = self._scales(layer.weight)
-        target = target_of(layer, width, asymmetric=self.asymmetric, scales=scales)
+        target = target_of(layer, width, asymmetric=self.asymmetric, scales=self._scales(layer.weight))
         vectors = (target.weight / target.scales[:, None]).reshape(-1, width)
         found = kmeans(vectors, 2**self.bits, seed=layer.seed, quick=self.quick)
         words = found.words.astype(np.float64)
@@ -82,21 +81,24 @@ class Refined(Method):
             words = update_words(target, codes, words)
         if self.start == "feedback":
             codes = feed_back(target, words)
+        scaled = self.scale == "row"
+        target, codes, words = alternate(target, codes, words, self.rounds, scaled=scaled)
+        book, factors = self._stored(words, target.scales if scaled else np.ones(1))
+        # The last descent is with what is stored.
+        factor = np.ones(1) if factors is None else factors[:, 0].astype(np.float64)
+        target = replace(target, scales=np.broadcast_to(factor, rows))
+        codes = descend(target, codes, book.astype(np.float64))
+        return Coded.one_stage(codes=codes, codebook=book, cols=cols, scales=factors)
 
-        def stored(values: Array) -> Array:
-            return store(values, self.codebook).astype(np.float64)
-
-        codes, words = alternate(target, codes, words, self.rounds, stored)
-        return Coded.one_stage(
-            codes=codes,
-            codebook=store(words, self.codebook),
-            cols=cols,
-            scales=None if scales is None else scales[:, None].astype(np.float16),
-        )
+    def _stored(self, words: Array, scales: Array) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """The codebook and the scales."""
+        if self.codebook == "int8":
+            return whole_numbers(words, scales)
+        return store(words, self.codebook), store_scales(scales) if self.scale == "row" else None
 
     def _scales(self, weight: NDArray[Any]) -> Array | None:
+        """Those to begin with."""
         if self.scale == "none":
             return None
         rms = np.sqrt(np.mean(weight.astype(np.float64) ** 2, axis=1))
-        rounded = rms.astype(np.float16).astype(np.float64)
-        return np.where(rounded > 0, rounded, 1.0)
+        return np.where(rms > 0, rms, 1.0)

@@ -1,7 +1,7 @@
 """Weights of a compressed model as functions of their codebooks: the codes are fixed, the codebooks may move.
 
-Prefix codes stand for multiples of a step, in one codebook of whole numbers for the whole model; there the steps move,
-one for each layer, which are the scales of the ``Decode`` nodes.
+Prefix codes and the codes of `settled` stand for multiples of a step, in one codebook of whole numbers for the whole
+model; there the steps move, which are the scales of the ``Decode`` nodes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vqonnx import modelfile
 from vqonnx.errors import ModelError, VqonnxError
-from vqonnx.form import Coded, unpack
+from vqonnx.form import Coded, code_bits, unpack
 from vqonnx.ops import DOMAIN
 from vqonnx.place import Target, main_opset
 from vqonnx.recompute import compute
@@ -28,8 +28,10 @@ from vqonnx.record import read_record
 from vqonnx.scope import attributes
 from vqonnx.stored import StoredWeight, find_stored
 from vqonnx.training.executor import TorchGraph
+from vqonnx.uniform import DEEPEST, book
 
 Gradient = Literal["mean", "sum"]
+_WORDS = (np.int8, np.float16, np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +90,7 @@ class _Decode:
 
     Attributes:
         blocks: The codes; without scales where these move.
-        moving: Name of the initializer that moves: the codebooks, or the scales of prefix codes.
+        moving: Name of the initializer that moves: the codebooks, or the scales of multiples of a step.
         uses: How many blocks each of its words has, or how many weights each scale.
         steps: The codebooks, where the scales move.
         split: Axes of the matrix.
@@ -239,12 +241,14 @@ def moving(codebooks: NDArray[Any], uses: Tensor, gradient: Gradient, device: st
 
 
 def rounded(name: str, codebooks: Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Codebooks in the type in which they are stored.
+    """Codebooks in the type in which they are stored; whole numbers end where int8 does.
 
     Raises:
-        VqonnxError: A value is beyond the range of that type.
+        VqonnxError: A value is beyond the range of a floating-point type.
     """
     values = codebooks.detach().cpu().numpy()
+    if dtype == np.int8:
+        return np.asarray(np.clip(np.rint(values), -128, 127), dtype)
     with np.errstate(over="ignore"):
         stored: NDArray[Any] = values.astype(dtype) + dtype.type(0)  # docs/format.md: no negative zero
     if not np.isfinite(stored).all():
@@ -263,13 +267,19 @@ def _read(weight: StoredWeight, node: NodeProto, model: ModelProto) -> _Decode:
     groups = -(-cols // codebooks.shape[3])
     place = tuple(split), tuple(attributes(node)["perm"])
     values = unpack(codes, bits, groups)
-    if made:  # prefix codes
+    if made or _are_multiples(codebooks):
         blocks = FixedCodes.of(Coded(values, codebooks, cols))
         uses = torch.full((scales.size,), values.size // scales.size)
         return _Decode(blocks, node.input[2], uses, torch.from_numpy(codebooks.astype(np.float32)), *place)
     plain = scales.size == 1 and scales.item() == 1
     blocks = FixedCodes.of(Coded(values, codebooks, cols, None if plain else scales))
     return _Decode(blocks, node.input[1], blocks.uses, None, *place)
+
+
+def _are_multiples(codebooks: NDArray[Any]) -> bool:
+    """Whether the words are all the whole numbers of some bits, as layers share them: their steps are the scales."""
+    bits = code_bits(codebooks.shape[2])
+    return codebooks.dtype == np.int8 and bits <= DEEPEST and np.array_equal(codebooks, book(bits)[None, None])
 
 
 def _tables(weight: StoredWeight) -> dict[str, str]:
@@ -280,7 +290,7 @@ def _tables(weight: StoredWeight) -> dict[str, str]:
         if node.op_type == "Gather" and attributes(node).get("axis", 0) == 0:
             source = node.input[0]
             source = makers[source].input[0] if source in makers and makers[source].op_type == "Cast" else source
-            if source not in makers and weight.constant(source).dtype.kind == "f":
+            if source not in makers and weight.constant(source).dtype in _WORDS:
                 found[source] = node.input[1]
     return found
 
