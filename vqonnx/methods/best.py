@@ -2,7 +2,8 @@
 
 `refined` product quantisation at widths of 1 to 4 and small codebooks of whole numbers; or prefix codes (`entropy`) at
 every step, in smaller files that take seconds and gigabytes to load (docs/quality.md). Depthwise convolutions hold few
-weights and are sensitive: multiples of a step (`settled`) of 5 to 8 bits. Which encodings are on the menu was decided by what won on real networks.
+weights and are sensitive: multiples of a step (`settled`) of 5 to 8 bits. Which encodings are on the menu was decided
+by what won on real networks.
 """
 
 from __future__ import annotations
