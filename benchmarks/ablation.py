@@ -51,6 +51,10 @@ def main() -> None:
     parts: dict[str, Callable[[], vqonnx.Result]] = {
         "`best`": lambda: made(Best()),
         "aims at the weights (`asymmetric=false`)": lambda: made(Best(asymmetric=False)),
+        "layers with fine codes rounded to nearest (`fine=rtn`)": lambda: made(Best(fine="rtn")),
+        "codebooks of float16 (`codebook=float16`)": lambda: made(Best(codebook="float16")),
+        "no scales of rows (`scale=none`)": lambda: made(Best(scale="none")),
+        "each block's best to begin with (`start=assign`)": lambda: made(Best(start="assign")),
         "biases of 32 bits (`--no-half-biases`)": lambda: made(Best(), half_biases=False),
         "graph as it was (`--no-compact`)": lambda: made(Best(), compact=False),
         "128 calibration images": lambda: made(Best(), images[:2]),

@@ -107,6 +107,15 @@ void CheckPlan(const Kernels& kernels, unsigned seed) {
   sample.words = Pick(random, 1, MostWords(sample));
   Fill(sample, random, false);
   sample.scales.assign(sample.rows, sample.scales[0]);
+  std::vector<std::int8_t> whole;  // a codebook of whole numbers, now and then
+  if (Pick(random, 0, 2) == 0) {
+    whole.resize(sample.codebooks.size() - vqonnx::kPad);
+    for (size_t i = 0; i < whole.size(); ++i) {
+      whole[i] = static_cast<std::int8_t>(static_cast<int>(Pick(random, 0, 255)) - 128);
+      sample.codebooks[i] = whole[i];
+    }
+  }
+  const void* words = whole.empty() ? static_cast<const void*>(sample.codebooks.data()) : whole.data();
 
   std::vector<std::int64_t> perm(sizes.size());
   std::iota(perm.begin(), perm.end(), 0);
@@ -118,7 +127,7 @@ void CheckPlan(const Kernels& kernels, unsigned seed) {
   };
   const Inputs inputs = {
       .codes = {sample.View().codes, Type::kUint8, dims({sample.stages, sample.rows, sample.RowBytes()})},
-      .codebooks = {sample.codebooks.data(), Type::kFloat32,
+      .codebooks = {words, whole.empty() ? Type::kFloat32 : Type::kInt8,
                     dims({sample.stages, sample.books, sample.words, sample.width})},
       .scales = {sample.scales.data(), Type::kFloat32, dims({Pick(random, 0, 1) ? 1 : sample.rows, 1})},
       .layout = {layout.data(), Type::kInt64, dims({layout.size()})}};

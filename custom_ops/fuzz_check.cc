@@ -76,9 +76,10 @@ void FuzzLayers(const Kernels& kernels, unsigned seeds) {
     std::vector<std::uint8_t> code_bytes(bytes(codes, 1));
     for (std::uint8_t& code : code_bytes) code = static_cast<std::uint8_t>(Pick(random, 0, 255));
     const std::vector<float> words(bytes(codebooks, 4) / 4, 0.5F), factors(bytes(scales, 4) / 4, 2.0F);
+    const Type kind = Pick(random, 0, 3) == 0 ? Type::kInt8 : Type::kFloat32;
     const Inputs inputs = {
         .codes = {code_bytes.data(), Type::kUint8, codes},
-        .codebooks = {words.data(), Pick(random, 0, 40) ? Type::kFloat32 : Type::kUndefined, codebooks},
+        .codebooks = {words.data(), Pick(random, 0, 40) ? kind : Type::kUndefined, codebooks},
         .scales = {factors.data(), Type::kFloat32, scales},
         .layout = {node.layout.data(), Type::kInt64, {static_cast<std::int64_t>(node.layout.size())}}};
     const Precision precision = seed % 2 ? Precision::kTables : Precision::kExact;

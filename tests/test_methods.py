@@ -944,6 +944,28 @@ def test_very_wide_layers_are_encoded_without_a_full_matrix_of_moments() -> None
         assert snr(layer, replace(best, bits=6.1).encode(layer)) > 20
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "of_refined"),
+    [
+        ("scale", "none", True),
+        ("scale", "row", True),
+        ("start", "assign", True),
+        ("codebook", "float16", True),
+        ("asymmetric", False, True),
+        ("fine", "rtn", False),
+    ],
+)
+def test_each_part_of_best_can_be_switched(option: str, value: object, of_refined: bool) -> None:
+    layer = with_moments(gaussian(40, 36, 4))
+    usual, changed = Best().offers(layer), Best(**{option: value}).offers(layer)
+    if of_refined:
+        assert {offer.method.options[option] for offer in changed if offer.method.id == "refined"} == {value}
+        assert {offer.method.options[option] for offer in usual if offer.method.id == "refined"} != {value}
+    else:
+        assert {offer.method.id for offer in changed} == {"refined", value}
+        assert {offer.method.id for offer in usual} == {"refined", "settled"}
+
+
 def test_layers_too_large_for_prefix_codes_have_others(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = with_moments(gaussian(40, 36, 4))
     prefix = {offer.method.id for offer in Best(codes="prefix").offers(layer)}

@@ -110,3 +110,16 @@ def test_it_makes_good_what_layers_before_have_lost(bits: int, groups: int) -> N
     plain = target_of(layer, 1, asymmetric=False)
     same = Settled(bits=bits, asymmetric=False).encode(layer)
     assert plain.distance(same.decode()) <= plain.distance(nearest.decode())
+
+
+def test_rows_that_float16_can_hardly_hold_keep_a_step() -> None:
+    layer = layer_behind(np.eye(9))
+    weight = layer.weight.copy()
+    weight[1] *= 3e-7
+    weight[2] = 0
+    form = Settled(bits=3).encode(replace(layer, weight=weight))
+    assert form.scales is not None
+    assert form.scales.dtype == np.float16
+    assert (form.scales > 0).all()
+    assert np.isfinite(form.decode()).all()
+    assert (form.decode()[2] == 0).all()

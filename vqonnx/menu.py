@@ -35,7 +35,7 @@ from vqonnx.moments import Moments
 from vqonnx.place import OVERHEAD
 from vqonnx.sensitivity import Probe, noisy
 
-_KEPT_VERSION = 14  # of what a cache holds; another one whenever methods offer something else
+_KEPT_VERSION = 10  # of what a cache holds; another one whenever methods offer something else
 
 _log = logging.getLogger(__name__)
 Plan = list[tuple[Site, Method]]

@@ -39,7 +39,7 @@ _LARGE_WEIGHTS = 2**16
 _WIDE_ROWS = ((8, 8), (4, 6), (4, 8), (2, 6))  # of layers whose moments are not kept in full
 _WIDE = ((8, 6), (8, 8))  # along the input channels, where kernels have tables for such blocks
 _MOST_BITS = 32
-_ROUNDS = 6
+_ROUNDS = 6  # of `refined`, when a layer is encoded; a look takes two
 _FEW_COLS = 1536  # up to which error feedback is quick enough for a look
 
 
@@ -53,6 +53,9 @@ class Best(Budgeted):
         beam: Choices that a row of weights keeps while prefix codes are chosen: fewer are faster, and less exact.
         asymmetric: Aim at the output of the original layer on the original input.
         codebook: Type of the codebooks of `refined`.
+        start: Codes that `refined` begins with.
+        scale: Factors of rows with `refined`: ``none``, one for each ``row``, or what is worth its bytes (``auto``).
+        fine: Where codes lose next to nothing: `settled` on the layer's output, or rounded to nearest (`rtn`).
     """
 
     id: ClassVar[str] = "best"
@@ -63,6 +66,9 @@ class Best(Budgeted):
     beam: int = 16
     asymmetric: bool = True
     codebook: Literal["int8", "float16"] = "int8"
+    start: Literal["assign", "feedback"] = "feedback"
+    scale: Literal["none", "row", "auto"] = "auto"
+    fine: Literal["settled", "rtn"] = "settled"
 
     @property
     def pairs(self) -> bool:
@@ -95,28 +101,33 @@ class Best(Budgeted):
         choices = (*choices, *_FINE, *(_WIDE if self.order == "hwi" else ()))
         sizes = [(w, b) for w, b in choices if w <= layer.weight.shape[1] and w * 2**b * w <= weights // 2]
         found = []
-        scales: tuple[Literal["none", "row"], ...] = ("none", "row") if weights < _LARGE_WEIGHTS else ("row",)
-        start: Literal["assign", "feedback"] = "feedback" if layer.weight.shape[1] <= _FEW_COLS else "assign"
-        for (width, bits), scale in product(sizes, scales):
+        for (width, bits), scale in product(sizes, self._scales(weights)):
             method = Refined(
                 self.order,
                 width,
                 bits,
                 rounds=_ROUNDS,
                 asymmetric=self.asymmetric,
-                start="feedback",
+                start=self.start,
                 scale=scale,
                 codebook=self.codebook,
             )
+            start = self.start if layer.weight.shape[1] <= _FEW_COLS else "assign"
             quick = replace(method, rounds=2, asymmetric=False, start=start, quick=True)
             with suppress(LeftAlone):  # words that float16 does not hold
                 found.append(_offer(layer, quick, method))
         return [*found, *fine]
 
+    def _scales(self, weights: int) -> tuple[Literal["none", "row"], ...]:
+        """What is on the menu of a layer; in large ones the factors of rows are next to nothing beside the codes."""
+        if self.scale != "auto":
+            return (self.scale,)
+        return ("none", "row") if weights < _LARGE_WEIGHTS else ("row",)
+
     def _fine(self, layer: Layer, bits: Iterable[int]) -> Iterator[Offer]:
         """Multiples of a step for each row, whose codes lose next to nothing."""
         for number in bits:
-            if layer.weight.shape[1] > FULL_COLS:
+            if self.fine == "rtn" or layer.weight.shape[1] > FULL_COLS:
                 yield _offer(layer, RTN(self.order, number))
             else:
                 method = Settled(self.order, number, asymmetric=self.asymmetric)

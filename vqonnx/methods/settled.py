@@ -57,9 +57,10 @@ class Settled(Method):
             steps = uniform.search_steps(target.weight, self.bits, spread)
             levels = uniform.quantise(target.weight, steps, self.bits)
             for _ in range(self.rounds):
-                levels = settle(target, levels, steps.astype(np.float64), self.bits)
-                fitted = np.where(levels.any(axis=1), row_factors(target, levels), steps)
-                steps = fitted.astype(steps.dtype)
+                wide = steps.astype(np.float64)
+                levels = settle(target, levels, wide, self.bits)
+                fitted = (wide * row_factors(target, levels * wide[:, None])).astype(steps.dtype)
+                steps = np.where(fitted > 0, fitted, steps)  # not where the type has nothing so small
             levels = settle(target, levels, steps.astype(np.float64), self.bits)
         codes = levels + 2 ** (self.bits - 1)
         return Coded.one_stage(codes=codes, codebook=uniform.book(self.bits), scales=steps[:, None])
