@@ -1,6 +1,7 @@
 """What each part of `best` is worth: the same network at the same size of the file, with one part changed.
 
-    python benchmarks/ablation.py [SIZE]     # ResNet-20, 64KB without a size; prints the table
+    python benchmarks/ablation.py [SIZE]         # ResNet-20, 64KB without a size; prints the table
+    python benchmarks/ablation.py 92KB fine=rtn  # only `best` and the parts with this in their names
 
 Calibrates on the first 1,024 CIFAR-10 training images, evaluates on all 10,000 test images.
 """
@@ -25,6 +26,7 @@ _ATTEMPTS = 8  # to find the step with which a file has the size
 
 def main() -> None:
     size = parse_size(sys.argv[1] if len(sys.argv) > 1 else "64KB")
+    only = sys.argv[2] if len(sys.argv) > 2 else ""
     model = data_dir() / "models" / "resnet20.onnx"
     images = cifar_feeds("train_0", 1024, batch=64)
     data, labels = cifar_feeds("test", 10_000), cifar_labels()
@@ -66,6 +68,8 @@ def main() -> None:
     }
     print("| changed | bytes | top-1 | drop | agreement | SNR dB |\n|---|---|---|---|---|---|")
     for name, make in parts.items():
+        if only not in name and name != "`best`":
+            continue
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "small.onnx"
             try:
