@@ -24,7 +24,7 @@ Matrix = NDArray[np.float32]
 Codes = NDArray[np.unsignedinteger[Any]]  # uint8 or uint16
 Apply = Literal["weights", "activations", "cheaper"]
 _FLOATS = (np.dtype(np.float16), np.dtype(np.float32))
-_WORDS = (np.dtype(np.int8), *_FLOATS)
+WORD_TYPES = (np.dtype(np.int8), *_FLOATS)
 
 
 def code_bits(words: int) -> int:
@@ -153,7 +153,7 @@ class Coded(Form):
                 f"codes are {self.codes.dtype}{list(self.codes.shape)}; "
                 "they must be uint8 or uint16 [stages, rows, groups]"
             )
-        _check_numbers("codebooks", self.codebooks, 4, _WORDS)
+        _check_numbers("codebooks", self.codebooks, 4, WORD_TYPES)
         # Adding 0 makes 0.0 of -0.0: runtimes may start the sum over stages from 0.0, and then lose that sign.
         object.__setattr__(self, "codebooks", self.codebooks + self.codebooks.dtype.type(0))
         stages, rows, groups = self.codes.shape

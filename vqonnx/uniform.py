@@ -75,7 +75,11 @@ def dequantise(rows: Array, steps: NDArray[Any], bits: int) -> NDArray[np.float6
 
 
 def coded(rows: Array, steps: NDArray[Any], bits: int) -> Coded:
-    """The quantised rows as a form: codes, the `book` of ``bits``, and the steps as scales."""
+    """The quantised rows as a form."""
+    return form_of(quantise(rows, steps, bits), steps, bits)
+
+
+def form_of(levels: NDArray[np.float64], steps: NDArray[Any], bits: int) -> Coded:
+    """Whole numbers ``[n, cols]`` as a form: codes, the `book` of ``bits``, and the steps as scales."""
     assert 1 <= bits <= DEEPEST, bits
-    codes = quantise(rows, steps, bits) + 2 ** (bits - 1)
-    return Coded.one_stage(codes=codes, codebook=book(bits), scales=steps[:, None])
+    return Coded.one_stage(codes=levels + 2 ** (bits - 1), codebook=book(bits), scales=steps[:, None])

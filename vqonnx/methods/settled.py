@@ -62,8 +62,7 @@ class Settled(Method):
                 fitted = (wide * row_factors(target, levels * wide[:, None])).astype(steps.dtype)
                 steps = np.where(fitted > 0, fitted, steps)  # not where the type has nothing so small
             levels = settle(target, levels, steps.astype(np.float64), self.bits)
-        codes = levels + 2 ** (self.bits - 1)
-        return Coded.one_stage(codes=codes, codebook=uniform.book(self.bits), scales=steps[:, None])
+        return uniform.form_of(levels, steps, self.bits)
 
 
 def settle(target: Target, levels: Array, steps: Array, bits: int) -> Array:
@@ -93,5 +92,6 @@ def settle(target: Target, levels: Array, steps: Array, bits: int) -> Array:
             chosen = np.clip(np.rint(before[..., column] + slope / wide), low, high)
             near += ((before[..., column] - chosen) * wide)[..., None] * own[:, None, column]
             found[..., start + column] = chosen
-        influence += ((before - found[..., at]) * wide[..., None]) @ metrics[:, at]
+        if at.stop < cols:  # what comes behind is all that is read again
+            influence[..., at.stop :] += ((before - found[..., at]) * wide[..., None]) @ metrics[:, at, at.stop :]
     return np.asarray(found.reshape(rows, cols), np.float64)

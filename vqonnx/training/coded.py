@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vqonnx import modelfile
 from vqonnx.errors import ModelError, VqonnxError
-from vqonnx.form import Coded, code_bits, unpack
+from vqonnx.form import WORD_TYPES, Coded, code_bits, unpack
 from vqonnx.ops import DOMAIN
 from vqonnx.place import Target, main_opset
 from vqonnx.recompute import compute
@@ -31,7 +31,6 @@ from vqonnx.training.executor import TorchGraph
 from vqonnx.uniform import DEEPEST, book
 
 Gradient = Literal["mean", "sum"]
-_WORDS = (np.int8, np.float16, np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,7 +289,7 @@ def _tables(weight: StoredWeight) -> dict[str, str]:
         if node.op_type == "Gather" and attributes(node).get("axis", 0) == 0:
             source = node.input[0]
             source = makers[source].input[0] if source in makers and makers[source].op_type == "Cast" else source
-            if source not in makers and weight.constant(source).dtype in _WORDS:
+            if source not in makers and weight.constant(source).dtype in WORD_TYPES:
                 found[source] = node.input[1]
     return found
 
