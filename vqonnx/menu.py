@@ -199,16 +199,16 @@ def _look(
     """The layer as each variant of its method sees it; the energy of its output; and how much that matters."""
     site, method = plan[number]
     assert isinstance(method, Budgeted)
-    weight = site.view("ihw").matrix(site.read())
+    view = site.view(method.order)
+    weight = view.matrix(site.read())
     if not np.isfinite(weight).all():
         return [], 0.0, None
     moments = walk.observe(site, method.order) if walk.can_observe(site) else None
     few.look(site, moments)
     layers = [(variant, layer_of(plan, number, variant, moments, seed)) for variant in method.variants]
-    shaken = noisy(weight, seed + number)
-    seen = site.view(method.order)  # as the moments are
-    lost, energy = (_energy(seen.matrix(site.view("ihw").tensor(m)), moments) for m in (shaken - weight, weight))
-    effect = probe.effect(site, shaken) if lost > 0 else None
+    shaken = noisy(weight, seed + number, moments.sums if moments is not None and method.pairs else None)
+    lost, energy = _energy(shaken - weight, moments), _energy(weight, moments)
+    effect = probe.effect(site, site.view("ihw").matrix(view.tensor(shaken))) if lost > 0 else None
     return layers, energy, effect / lost if effect else None
 
 

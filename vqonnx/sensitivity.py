@@ -89,11 +89,23 @@ class Probe:
             yield path
 
 
-def noisy(matrix: Matrix, seed: int) -> Matrix:
-    """The matrix with white noise of 1 % of each row's energy."""
+def noisy(matrix: Matrix, seed: int, means: NDArray[np.float64] | None = None) -> Matrix:
+    """The matrix with white noise of 1 % of each row's energy.
+
+    Args:
+        matrix: ``[rows, cols]``.
+        seed: Of the noise.
+        means: The mean input, ``[groups, cols]``, or any multiple of it, where a bias will take up what the mean of
+            the output loses: then the noise does not move that mean. What moves it matters more, by other factors
+            from layer to layer, than what an encoder leaves (docs/decisions.md).
+    """
     rng = np.random.default_rng(seed)
     size = np.sqrt(np.mean(matrix.astype(np.float64) ** 2, axis=1, keepdims=True))
-    return np.asarray(matrix + 0.1 * size * rng.standard_normal(matrix.shape), np.float32)
+    noise = 0.1 * size * rng.standard_normal(matrix.shape)
+    if means is not None:
+        for part, mean in zip(np.split(noise, len(means)), means, strict=True):
+            part -= np.outer(part @ mean, mean) / max(float(mean @ mean), np.finfo(float).tiny)
+    return np.asarray(matrix + noise, np.float32)
 
 
 def _energies(before: Outputs, after: Outputs) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
