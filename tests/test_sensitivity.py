@@ -48,6 +48,19 @@ def test_noise_has_a_hundredth_of_each_rows_energy() -> None:
     assert (noisy(matrix, 2) != noisy(matrix, 1))[0].all()
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_noise_leaves_the_mean_of_the_output_where_it_was(groups: int) -> None:
+    matrix, means = nets.draw((6, 40), 0), np.abs(nets.draw((groups, 40), 1)).astype(np.float64)
+    white, noise = (noisy(matrix, 1, at).astype(np.float64) - matrix for at in (None, 3 * means))
+    moved, before = (
+        np.concatenate([part @ mean for part, mean in zip(np.split(by, groups), means, strict=True)])
+        for by in (noise, white)
+    )
+    assert np.abs(moved).max() < 1e-3 * np.abs(before).max()
+    assert 0.8 < np.sum(noise**2) / np.sum(white**2) < 1  # nothing else is taken from it
+    np.testing.assert_array_equal(noisy(matrix, 1, 0 * means), noisy(matrix, 1))
+
+
 def test_the_effect_is_the_relative_change_of_the_output() -> None:
     model = parse("h = MatMul (x, w)  y = MatMul (h, v)")
     w, v = nets.draw((6, 4), 1), nets.draw((4, 4), 2)
