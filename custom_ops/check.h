@@ -120,14 +120,14 @@ inline size_t MostWords(const Sample& sample) {
   return std::min(size_t{1} << sample.bits, affordable);
 }
 
-inline Sample RandomSample(unsigned seed) {
+inline Sample RandomSample(unsigned seed, size_t most_rows = 4) {
   Random random(seed);
   Sample sample = {};
   sample.seed = seed;
   sample.bits = PickBits(random);
   sample.stages = Pick(random, 0, 19) == 0 ? Pick(random, 9, 12) : Pick(random, 1, 3);
   sample.width = Pick(random, 1, 20);
-  sample.rows = Pick(random, 1, 4);
+  sample.rows = Pick(random, 1, most_rows);
   sample.groups = Pick(random, 0, 2) ? Pick(random, 1, 40) : Pick(random, 60, 200);
   const size_t books[] = {1, sample.groups, Pick(random, 1, sample.groups)};
   sample.books = books[Pick(random, 0, 2)];
@@ -200,6 +200,7 @@ void CheckLayerKernels(const Kernels& kernels, unsigned seed);
 void CheckDots(const Kernels& kernels, unsigned seed);
 void CheckLayers(const Kernels& kernels, unsigned seed);
 void CheckErrors(const Kernels& kernels);
+void CheckSizes(const Kernels& kernels);
 void FuzzLayers(const Kernels& kernels, unsigned seeds);
 void BenchLayers(const std::vector<const Kernels*>& tables);
 

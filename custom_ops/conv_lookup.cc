@@ -75,14 +75,14 @@ void Conv::PlanLookup(const std::uint8_t* codes, Precision precision) {
   }
   if (!Lookup::Possible(weight_, taps, *kernels_)) return;
   // Taps whose rows and columns leave the same remainders after division by the strides serve the same inputs.
+  const size_t rows = window_.Remainders(0), cols = window_.Remainders(1);
   std::vector<size_t> tap_class;
   for (size_t y = 0; y < window_.kernel[0]; ++y) {
     for (size_t x = 0; x < window_.kernel[1]; ++x) {
-      const std::array<size_t, 2> remainders = {y * window_.dilation[0] % window_.stride[0],
-                                                x * window_.dilation[1] % window_.stride[1]};
-      const auto place = std::find(tap_remainders_.begin(), tap_remainders_.end(), remainders);
-      tap_class.push_back(static_cast<size_t>(place - tap_remainders_.begin()));
-      if (place == tap_remainders_.end()) tap_remainders_.push_back(remainders);
+      tap_class.push_back(y % rows * cols + x % cols);
+      if (y >= rows || x >= cols) continue;
+      tap_remainders_.push_back(
+          {y * window_.dilation[0] % window_.stride[0], x * window_.dilation[1] % window_.stride[1]});
     }
   }
   const bool always = precision == Precision::kTables;

@@ -56,6 +56,7 @@ int main(int argc, char** argv) {
       if (seed % 4 == 0) CheckLayers(*kernels, seed);
     }
     CheckErrors(*kernels);
+    CheckSizes(*kernels);
   }
   FuzzLayers(*tables.back(), nodes);
   std::printf("kernels_check: %s, %u seeds of%s, %u nodes\n", failures ? "FAILED" : "ok", seeds, names.c_str(), nodes);

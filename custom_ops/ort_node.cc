@@ -1,5 +1,7 @@
 #include "ort_node.h"
 
+#include <algorithm>
+
 namespace vqonnx {
 namespace {
 
@@ -52,13 +54,37 @@ bool Succeeds(const OrtApi* api, OrtStatus* status) {
   return status == nullptr;
 }
 
-std::string Printable(std::string text) {
-  constexpr std::size_t kLongest = 200;
-  if (text.size() > kLongest) text = text.substr(0, kLongest) + "...";
-  for (char& c : text) {
-    if (static_cast<unsigned char>(c) < 32 || c == 127) c = '?';
+// Bytes of the UTF-8 character that begins here; 0 where there is none.
+std::size_t CharacterBytes(const std::string& text, std::size_t at) {
+  const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(i < text.size() ? text[i] : 0); };
+  const unsigned char first = byte(at), second = byte(at + 1);
+  if (first < 0x80) return 1;
+  const std::size_t count = first < 0xC2 ? 0 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : first < 0xF5 ? 4 : 0;
+  for (std::size_t i = 1; i < count; ++i) {
+    if ((byte(at + i) & 0xC0) != 0x80) return 0;
   }
-  return text;
+  // What a shorter form could say, halves of UTF-16 pairs, and what lies beyond the last character.
+  const bool wrong = (first == 0xE0 && second < 0xA0) || (first == 0xED && second > 0x9F) ||
+                     (first == 0xF0 && second < 0x90) || (first == 0xF4 && second > 0x8F);
+  return wrong ? 0 : count;
+}
+
+// Text that anybody can print: UTF-8, whatever the model holds, and not too long.
+std::string Printable(const std::string& text) {
+  constexpr std::size_t kLongest = 200;
+  std::string printable;
+  for (std::size_t at = 0; at < text.size();) {
+    const std::size_t count = CharacterBytes(text, at);
+    if (printable.size() + std::max<std::size_t>(count, 1) > kLongest) return printable + "...";
+    const auto first = static_cast<unsigned char>(text[at]);
+    if (count == 0 || first < 32 || first == 127) {
+      printable += '?';
+    } else {
+      printable.append(text, at, count);
+    }
+    at += std::max<std::size_t>(count, 1);
+  }
+  return printable;
 }
 
 std::string Who(const OrtApi* api, const OrtKernelInfo* info, const char* op) {

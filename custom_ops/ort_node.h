@@ -29,7 +29,7 @@ void Check(const OrtApi* api, OrtStatus* status);     // throws Failed
 bool Succeeds(const OrtApi* api, OrtStatus* status);  // forgets the error
 
 // One line: names come from the model and may hold anything.
-std::string Printable(std::string text);
+std::string Printable(const std::string& text);
 
 // Runs the body of a C callback. No exception gets out; every one becomes a status that starts with `who`.
 template <class Body>

@@ -51,6 +51,7 @@ Scratch::Scratch(Use use, std::size_t bytes) : own_(bytes > kKept) {
     begin_ = mine.data;
   }
   next_ = begin_;
+  end_ = begin_ + bytes;
 }
 
 Scratch::~Scratch() {

@@ -2,6 +2,7 @@
 #ifndef VQONNX_SCRATCH_H_
 #define VQONNX_SCRATCH_H_
 
+#include <cassert>
 #include <cstddef>
 #include <cstdint>
 #include <new>
@@ -41,6 +42,7 @@ class Scratch {
   T* Take(std::size_t count) {
     T* taken = reinterpret_cast<T*>(next_);
     next_ += Room<T>(count);
+    assert(next_ <= end_);
     return taken;
   }
   template <class T>
@@ -51,6 +53,7 @@ class Scratch {
  private:
   std::uint8_t* begin_;
   std::uint8_t* next_;
+  std::uint8_t* end_;
   bool own_;
 };
 

@@ -78,12 +78,7 @@ Grid::Grid(const Window& w, size_t image_rows, size_t image_cols)
   for (size_t axis = 0; axis < 2; ++axis) {
     out[axis] = w.Outputs(axis, image[axis]);
     size[axis] = out[axis] + (w.Reach(axis) - 1) / w.stride[axis];
-    for (size_t k = 0; k < w.kernel[axis]; ++k) {
-      const size_t remainder = k * w.dilation[axis] % w.stride[axis];
-      if (std::find(remainders[axis].begin(), remainders[axis].end(), remainder) == remainders[axis].end()) {
-        remainders[axis].push_back(remainder);
-      }
-    }
+    for (size_t k = 0; k < w.Remainders(axis); ++k) remainders[axis].push_back(k * w.dilation[axis] % w.stride[axis]);
   }
   out_rows = out[0];
   out_cols = out[1];
@@ -96,14 +91,11 @@ Grid::Grid(const Window& w, size_t image_rows, size_t image_cols)
   const std::optional<size_t> floats = picture ? Times(*picture, phases_.size()) : picture;
   if (!floats || !Times(*floats, sizeof(float))) throw Invalid("an image plane of this size does not fit in memory");
   plane = *floats;
+  const size_t row_phases = remainders[0].size(), col_phases = remainders[1].size();
   for (size_t y = 0; y < w.kernel[0]; ++y) {
     for (size_t x = 0; x < w.kernel[1]; ++x) {
       const size_t row = y * w.dilation[0], col = x * w.dilation[1];
-      const auto place = [](const std::vector<size_t>& all, size_t remainder) {
-        return static_cast<size_t>(std::find(all.begin(), all.end(), remainder) - all.begin());
-      };
-      const size_t phase =
-          place(remainders[0], row % w.stride[0]) * remainders[1].size() + place(remainders[1], col % w.stride[1]);
+      const size_t phase = y % row_phases * col_phases + x % col_phases;
       taps.push_back(phase * rows * cols + row / w.stride[0] * cols + col / w.stride[1]);
     }
   }

@@ -3,9 +3,11 @@
 #ifndef VQONNX_WINDOW_H_
 #define VQONNX_WINDOW_H_
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
 #include <span>
 #include <vector>
 
@@ -29,6 +31,12 @@ struct Window {
          std::span<const std::int64_t> dilations, std::span<const std::int64_t> pads);
 
   std::size_t Reach(std::size_t axis) const { return (kernel[axis] - 1) * dilation[axis] + 1; }
+
+  // How many different remainders the taps of an axis leave after division by the stride: those of so many first taps,
+  // which then come again.
+  std::size_t Remainders(std::size_t axis) const {
+    return std::min(kernel[axis], stride[axis] / std::gcd(stride[axis], dilation[axis]));
+  }
 
   // How many fit on an axis of an image, rounded down. Throws Invalid: the axis is too short or too long.
   std::size_t Outputs(std::size_t axis, std::size_t size) const;

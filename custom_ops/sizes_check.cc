@@ -1,0 +1,139 @@
+// Checks of whole layers of sizes that random ones do not have, and of inputs that tables cannot do.
+#include "check_node.h"
+
+namespace vqonnx::check {
+namespace {
+
+constexpr double kExactly = 1e-5, kByTables = 1e-3;
+
+// Relative to the norm of what is wanted.
+void Compare(const Kernels& kernels, const Sample& sample, const char* what, const std::vector<float>& got,
+             const std::vector<float>& want, double bound) {
+  double error = 0.0, norm = 0.0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    error += (double{got[i]} - want[i]) * (double{got[i]} - want[i]);
+    norm += double{want[i]} * want[i];
+  }
+  if (std::sqrt(error) <= bound * std::sqrt(norm)) return;
+  Fail(kernels, sample, std::string(what) + " is off by " + std::to_string(std::sqrt(error / norm)));
+}
+
+bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), Same);
+}
+
+// A layer by tables against the exact one: near it, but not it, which would mean that there were no tables; and the
+// same bits where an input is no number, infinite, or so large that products of others with it are lost.
+template <class Run>
+void CheckTables(const Kernels& kernels, const Sample& sample, std::vector<float> x, const Run& run) {
+  if (kernels.sum_tables == nullptr) return;
+  const std::vector<float> exact = run(Precision::kExact, x), by_tables = run(Precision::kTables, x);
+  Compare(kernels, sample, "a layer by tables", by_tables, exact, kByTables);
+  if (SameBits(by_tables, exact)) Fail(kernels, sample, "a layer that should have tables has none");
+  for (const float value : {std::nanf(""), HUGE_VALF, -HUGE_VALF, 3e38F}) {
+    for (const size_t place : {size_t{0}, x.size() / 2, x.size() - 1}) {
+      std::vector<float> odd = x;
+      odd[place] = value;
+      if (SameBits(run(Precision::kTables, odd), run(Precision::kExact, odd))) continue;
+      Fail(kernels, sample,
+           "a layer takes tables though input " + std::to_string(place) + " is " + std::to_string(value));
+    }
+  }
+}
+
+struct MatrixSizes {
+  size_t rows, inputs, outputs, width, bits;
+};
+
+void CheckMatrix(const Kernels& kernels, const MatrixSizes& sizes) {
+  Random random(3);
+  const auto& [rows, inputs, outputs, width, bits] = sizes;
+  const Node node = Usual(random, outputs, inputs, width,
+                          {static_cast<std::int64_t>(outputs), static_cast<std::int64_t>(inputs)}, {0, 1}, bits);
+  const std::vector<float> x = Values(random, rows * inputs, false), bias = Values(random, outputs, false);
+  const auto run = [&](Precision precision, const std::vector<float>& values) {
+    std::vector<float> out(rows * outputs);
+    Call call = {.x = values.data(), .codes = node.sample.View().codes, .bias = bias.data(), .addend = nullptr};
+    call.out = out.data();
+    Matrix(node.View(), node.perm, true, precision, kernels).Run(call, rows, Shuffled(3));
+    return out;
+  };
+  std::vector<float> want(rows * outputs);
+  for (size_t output = 0; output < outputs; ++output) {
+    for (size_t row = 0; row < rows; ++row) {
+      double sum = bias[output];
+      for (size_t k = 0; k < inputs; ++k) sum += double{node.sample.ValueAt(output, k)} * x[row * inputs + k];
+      want[row * outputs + output] = static_cast<float>(sum);
+    }
+  }
+  Compare(kernels, node.sample, "an exact matrix", run(Precision::kExact, x), want, kExactly);
+  CheckTables(kernels, node.sample, x, run);
+}
+
+struct ConvSizes {
+  size_t channels, outputs, kernel, dilation, pad, image_rows;
+};
+
+// With input channels innermost, against the products of Matrix with the rows of the unfolded image.
+void CheckConv(const Kernels& kernels, size_t images, const ConvSizes& sizes) {
+  Random random(4);
+  const auto& [channels, outputs, kernel, dilation, pad, rows] = sizes;
+  const size_t cols = rows == 1 ? 1 : 5, width = 8, reach = (kernel - 1) * dilation;
+  const size_t out_rows = rows + 2 * pad - reach, depth = channels * kernel;
+  const auto as_dim = [](size_t size) { return static_cast<std::int64_t>(size); };
+  const Dims shape = {as_dim(images), as_dim(channels), as_dim(rows), as_dim(cols)};
+  const Node node =
+      Usual(random, outputs, depth, width, {as_dim(outputs), as_dim(kernel), 1, as_dim(channels)}, {0, 3, 1, 2});
+  Node flat = node;
+  flat.layout = {8, as_dim(depth), as_dim(outputs), as_dim(depth)};
+  flat.perm = {0, 1};
+  const std::vector<float> x = Values(random, images * channels * rows * cols, false);
+  const std::vector<float> bias = Values(random, outputs, false);
+  const size_t places = out_rows * cols;
+  const auto run = [&](Precision precision, const std::vector<float>& values) {
+    std::vector<float> out(images * outputs * places);
+    Call call = {.x = values.data(), .codes = node.sample.View().codes, .bias = bias.data(), .addend = nullptr};
+    call.out = out.data();
+    const Conv conv(node.View(), node.perm, Dims{1, 1}, Dims{as_dim(dilation), 1}, Dims{as_dim(pad), 0, as_dim(pad), 0},
+                    1, precision, kernels);
+    conv.Run(call, shape, Shuffled(4));
+    return out;
+  };
+  std::vector<float> unfolded(images * places * depth, 0.0F), products(images * places * outputs), want;
+  for (size_t i = 0; i < unfolded.size(); ++i) {
+    const size_t channel = i % channels, tap = i / channels % kernel, place = i / depth % places;
+    const size_t row = place / cols + tap * dilation - pad;  // before the image it wraps around
+    if (row >= rows) continue;
+    unfolded[i] = x[((i / depth / places * channels + channel) * rows + row) * cols + place % cols];
+  }
+  Call call = {.x = unfolded.data(), .codes = node.sample.View().codes, .bias = bias.data(), .addend = nullptr};
+  call.out = products.data();
+  Matrix(flat.View(), flat.perm, true, Precision::kExact, kernels).Run(call, images * places, Shuffled(4));
+  for (size_t image = 0; image < images; ++image) {
+    for (size_t output = 0; output < outputs; ++output) {
+      for (size_t at = 0; at < places; ++at) want.push_back(products[(image * places + at) * outputs + output]);
+    }
+  }
+  Compare(kernels, node.sample, "an exact convolution", run(Precision::kExact, x), want, kExactly);
+  if (rows > 1) CheckTables(kernels, node.sample, x, run);
+}
+
+}  // namespace
+
+void CheckSizes(const Kernels& kernels) {
+  for (const MatrixSizes& sizes : {MatrixSizes{1, 48, 2100, 4, 4},  // tasks of 512 outputs
+                                   {3, 64, 1100, 8, 8},             // more than one piece of outputs
+                                   {1, 8192, 577, 4, 8},            // more than 1 MB of codes, which come from far
+                                   {1, 64, 70, 16, 4},              // joined words of 32 values
+                                   {2, 96, 33, 8, 8},
+                                   {4, 2048, 17, 8, 8},
+                                   {9, 80, 40, 8, 8}}) {
+    CheckMatrix(kernels, sizes);
+  }
+  CheckConv(kernels, 1, {16, 64, 3, 1, 1, 100});   // four bands
+  CheckConv(kernels, 1, {16, 64, 3, 40, 40, 96});  // whose taps reach beyond the next one, so that there are fewer
+  CheckConv(kernels, 9, {16, 24, 3, 1, 1, 70});    // many images
+  CheckConv(kernels, 9, {64, 70, 1, 1, 0, 1});     // images of one position, in three batches
+}
+
+}  // namespace vqonnx::check
