@@ -333,6 +333,39 @@ def test_a_node_without_name_is_called_after_its_output() -> None:
         replace(GOOD, name="", attributes={}).run()
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("層" * 80, "層" * 66 + "..."),
+        ("a" * 199 + "é", "a" * 199 + "..."),
+        ("a" * 200, "a" * 200),
+        ("😀\n\x7f", "😀??"),
+    ],
+    ids=["cut before a character", "of two bytes", "not too long", "control characters"],
+)
+def test_errors_are_text_whatever_the_name_is(name: str, shown: str) -> None:
+    with pytest.raises(Exception, match="perm of 2 axes") as caught:
+        replace(GOOD, name=name, attributes={"perm": [0, 1]}).run()
+    assert f"'{shown}'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("coding", "shown"),
+    [
+        (b"\xff\xfe", "??"),
+        (b"a\xe5\xb1", "a??"),
+        (b"\xed\xa0\x80", "???"),
+        (b"\xc0\x80b", "??b"),
+        (b"\xf4\x90\x80\x80", "????"),
+    ],
+    ids=["no UTF-8", "a part", "half a pair", "too long a form", "beyond the last"],
+)
+def test_errors_are_text_whatever_an_attribute_is(coding: bytes, shown: str) -> None:
+    with pytest.raises(Exception, match="knows only 'fixed'") as caught:
+        replace(GOOD, attributes={**GOOD.attributes, "coding": coding}).run()
+    assert f"coding is '{shown}'" in str(caught.value)
+
+
 def test_a_bad_code_of_a_later_block_is_found() -> None:
     form = random_form(7, rows=3, cols=2000, width=1, words=100)
     codes = form.codes.copy()
