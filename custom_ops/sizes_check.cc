@@ -125,6 +125,7 @@ void CheckSizes(const Kernels& kernels) {
                                    {3, 64, 1100, 8, 8},             // more than one piece of outputs
                                    {1, 8192, 577, 4, 8},            // more than 1 MB of codes, which come from far
                                    {1, 64, 70, 16, 4},              // joined words of 32 values
+                                   {1, 45, 300, 5, 8},              // an odd number of inputs
                                    {2, 96, 33, 8, 8},
                                    {4, 2048, 17, 8, 8},
                                    {9, 80, 40, 8, 8}}) {
@@ -133,7 +134,7 @@ void CheckSizes(const Kernels& kernels) {
   CheckConv(kernels, 1, {16, 64, 3, 1, 1, 100});   // four bands
   CheckConv(kernels, 1, {16, 64, 3, 40, 40, 96});  // whose taps reach beyond the next one, so that there are fewer
   CheckConv(kernels, 9, {16, 24, 3, 1, 1, 70});    // many images
-  CheckConv(kernels, 9, {64, 70, 1, 1, 0, 1});     // images of one position, in three batches
+  CheckConv(kernels, 11, {64, 70, 1, 1, 0, 1});    // images of one position, in three batches
 }
 
 }  // namespace vqonnx::check

@@ -162,8 +162,9 @@ VQONNX_INLINE void AddLookups(const std::uint8_t* codes, const Bytes& low, const
       "vpaddw %[other], %[high_both], %[high_both]\n\t"
       "vpsrlw $8, %[other], %[other]\n\t"
       "vpaddw %[other], %[high_odd], %[high_odd]\n\t"
-      : [low_both] "+&v"(lows.both), [low_odd] "+&v"(lows.odd), [high_both] "+&v"(highs.both), [high_odd] "+&v"(highs.odd),
-        [code] "=&v"(code), [yield] "=&v"(yield), [other] "=&v"(other), [upper] "=&Yk"(upper)
+      : [low_both] "+&v"(lows.both), [low_odd] "+&v"(lows.odd), [high_both] "+&v"(highs.both),
+        [high_odd] "+&v"(highs.odd), [code] "=&v"(code), [yield] "=&v"(yield), [other] "=&v"(other),
+        [upper] "=&Yk"(upper)
       : [codes] "m"(*reinterpret_cast<const std::uint8_t(*)[64]>(codes)), [la] "v"(low.a), [lb] "v"(low.b),
         [lc] "v"(low.c), [ld] "v"(low.d), [ha] "v"(high.a), [hb] "v"(high.b), [hc] "v"(high.c), [hd] "v"(high.d));
 #else

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import cases
 import nets
 import numpy as np
 import onnx
@@ -63,6 +64,24 @@ def test_the_smallest_file_that_loses_no_more() -> None:
     strict = compressed(Limits(drop=1.0, data=judged))
     loose = compressed(Limits(drop=20.0, data=judged))
     assert loose.model.ByteSize() < strict.model.ByteSize() < MLP.stat().st_size / 4
+
+
+def test_a_drop_is_judged_with_the_library_where_the_file_needs_it() -> None:
+    result = compressed(Limits(drop=20.0, data=images(128, seed=128)), target="custom")
+    assert result.model.ByteSize() < MLP.stat().st_size / 4
+
+
+def test_labels_of_what_is_no_classifier_are_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weights = {"v": rng.normal(size=(32, 64)), "w": rng.normal(size=(64, 1))}
+    model = cases.parse(
+        "(float[N, 32] x) => (float[N, 1] y) { h = MatMul (x, v)  r = Relu (h)  l = MatMul (r, w)  y = Sigmoid (l) }",
+        **{name: values.astype(np.float32) for name, values in weights.items()},
+    )
+    path = nets.write(model, tmp_path / "binary.onnx")
+    data = [{"x": rng.normal(size=(64, 32)).astype(np.float32)}]
+    with pytest.raises(OptionError, match="labels are for a classifier"):
+        vqonnx.compress(path, calibration=data, limits=Limits(drop=5.0, data=data, labels=np.zeros(64, int)))
 
 
 def test_more_bytes_are_better(tmp_path: Path) -> None:

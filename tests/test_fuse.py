@@ -315,3 +315,11 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: Path) -> None:
                 action(fused)
             assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_outputs_that_are_nearly_zero_may_differ_by_rounding() -> None:
+    apart = sys.modules["vqonnx.fuse"]._apart
+    small = np.full((2, 3), 7e-7, np.float32)
+    assert apart({"y": small}, {"y": small + np.float32(5e-8)}) is None
+    assert apart({"y": small}, {"y": small + np.float32(5e-7)}) < 10
+    assert apart({"y": small + 1}, {"y": small + np.float32(1.001)}) == pytest.approx(60, abs=0.1)

@@ -395,3 +395,21 @@ def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a device or pipe"):
         modelfile.check_output(pipe, tmp_path / "in.onnx")
     assert pipe.is_fifo()
+
+
+def test_files_that_are_read_are_no_output(tmp_path: Path) -> None:
+    onnx.save(
+        parse("(float[2, 24] x) => (float[R, C] y) { y = MatMul (x, w) }", w=BIG),
+        tmp_path / "in.onnx",
+        save_as_external_data=True,
+        location="out.onnx.data",
+        size_threshold=64,
+    )
+    (tmp_path / "images.npz").write_bytes(b"images")
+    for name in ("out.onnx.data", "out.onnx"):  # the latter's own weights would go to the former
+        with pytest.raises(InputError, match=r"out\.onnx\.data: holds weights of the input, which is never changed"):
+            check_output(tmp_path / name, tmp_path / "in.onnx")
+    check_output(tmp_path / "images.npz", tmp_path / "in.onnx", None, tmp_path / "nowhere.npz")
+    with pytest.raises(InputError, match=r"images\.npz: is read as input, which is never changed"):
+        check_output(tmp_path / "images.npz", tmp_path / "in.onnx", None, tmp_path / "images.npz")
+    check_output(tmp_path / "out.onnx.data", tmp_path / "images.npz")  # no model; that is said when it is read

@@ -15,6 +15,7 @@ from test_cli import run  # noqa: F401 (a fixture)
 
 import vqonnx
 from vqonnx.errors import OptionError
+from vqonnx.fit import Limits
 from vqonnx.methods import PQ, Entropy
 from vqonnx.training.distill import distill
 from vqonnx.training.last_step import last_step
@@ -45,9 +46,34 @@ def test_what_harms_is_not_kept(result: vqonnx.Result) -> None:
 
 
 def test_what_is_too_large_is_not_kept(result: vqonnx.Result) -> None:
-    step = last_step(result, CALIBRATION, recipe=QUICK, largest=1000)
+    step = last_step(result, CALIBRATION, recipe=QUICK, limits=Limits(size=1000))
     assert step.loss_after < step.loss_before
     assert not step.kept
+
+
+def test_what_loses_more_than_is_allowed_is_not_kept(result: vqonnx.Result) -> None:
+    step = last_step(result, CALIBRATION, recipe=QUICK, limits=Limits(drop=1e-3, data=CALIBRATION))
+    assert step.loss_after < step.loss_before
+    assert not step.kept
+    assert last_step(result, CALIBRATION, recipe=QUICK, limits=Limits(drop=99.0, data=CALIBRATION)).kept
+
+
+def test_the_compressed_model_is_not_lost_where_distillation_fails(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "out.onnx"
+    with np.load(CALIBRATION) as arrays:
+        np.savez(tmp_path / "few.npz", **{name: array[:8] for name, array in arrays.items()})
+    words = ["compress", MLP, out, "--method", "pq", "--calibration", tmp_path / "few.npz", "--distill"]
+    code, _, errors = run(*map(str, words))
+    assert code == 1
+    assert "not distilled: distillation holds out one of 4 batches" in errors
+    assert weights_of(out)
+
+
+def test_distillation_and_another_order_of_channels_exclude_each_other(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    words = ["compress", MLP, tmp_path / "out.onnx", "--calibration", CALIBRATION, "--distill", "--permute"]
+    code, _, errors = run(*map(str, words))
+    assert code == 2
+    assert "give it or --permute, not both" in errors
 
 
 def test_some_data_are_held_out(result: vqonnx.Result) -> None:

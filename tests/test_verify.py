@@ -210,6 +210,11 @@ def test_labels_must_match_the_images() -> None:
         compare(SAME, SAME, SCORES, labels=np.full(40, 7))
 
 
+def test_an_output_may_have_no_rows() -> None:
+    found = compare(SAME, SAME, [{"x": np.zeros((0, 7), np.float32)}, {"x": SCORES}])
+    assert (found.top1_agreement, found.top1_before) == (1.0, None)
+
+
 def test_the_library_gives_the_same() -> None:
     assert compare(SAME, SAME, SCORES, library=True).identical
 
@@ -257,6 +262,18 @@ def test_bad_labels_are_refused(name: str, content: str, tmp_path: Path) -> None
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match="labels"):
         read_labels(tmp_path / name)
+
+
+def test_damaged_labels_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "whole.npz", labels=np.zeros(1000, int))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:500])
+    damaged = bytearray((tmp_path / "whole.npz").read_bytes())
+    damaged[2000] ^= 1
+    (tmp_path / "bits.npz").write_bytes(damaged)
+    (tmp_path / "long.csv").write_text("1" * 200_000)
+    for name in ("cut.npz", "bits.npz", "long.csv"):
+        with pytest.raises(DataError, match="labels cannot be read"):
+            read_labels(tmp_path / name)
 
 
 def test_ambiguous_labels_are_refused(tmp_path: Path) -> None:

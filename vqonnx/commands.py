@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from vqonnx.breakdown import breakdown
 from vqonnx.compact_file import compact_file
 from vqonnx.compress import compress
 from vqonnx.config import Config, read_config
-from vqonnx.errors import OptionError
+from vqonnx.errors import OptionError, VqonnxError
 from vqonnx.expand import expand
 from vqonnx.fuse import fuse
 from vqonnx.generate import generate_feeds
@@ -39,13 +40,19 @@ if TYPE_CHECKING:
 
 FAILED = 1  # exit code of a check that failed
 
+_log = logging.getLogger(__name__)
+
 
 def run_compress(options: argparse.Namespace) -> int:
     """Compress a model, check it and show what came out."""
     config = read_config(options.config) if options.config else Config()
-    modelfile.check_output(options.output, options.model)
+    modelfile.check_output(
+        options.output, options.model, options.calibration, options.data, options.labels, options.config
+    )
     if options.distill and options.calibration is None:
         raise OptionError("--distill needs calibration data; give --calibration")
+    if options.distill and options.permute:
+        raise OptionError("--distill needs the channels in their order; give it or --permute, not both")
     if options.distill:
         _check_torch("--distill")  # before the work, not behind it
     if options.optimize not in ("size", "speed"):
@@ -74,7 +81,13 @@ def run_compress(options: argparse.Namespace) -> int:
             jobs=options.jobs if options.jobs is not None else os.cpu_count() or 1,
             progress=progress,
         )
-    step = _last_step(options, result) if options.distill else None
+    step, failed = None, False
+    if options.distill:
+        try:
+            step = _last_step(options, result)
+        except VqonnxError as error:  # what is compressed took long, and is good without it
+            _log.warning("not distilled: %s", error)
+            failed = True
     result = result if step is None else step.result
     saved = result.save(options.output, verify=not options.no_verify, rtol=options.check_rtol, atol=options.check_atol)
     if options.json:
@@ -93,7 +106,7 @@ def run_compress(options: argparse.Namespace) -> int:
             show.moved(saved.comparison, data)
         if step is not None:
             show.line(str(step))
-    return 0
+    return FAILED if failed else 0
 
 
 def _last_step(options: argparse.Namespace, result: Result) -> LastStep:
@@ -102,13 +115,12 @@ def _last_step(options: argparse.Namespace, result: Result) -> LastStep:
         from vqonnx.training.last_step import last_step
     except ModuleNotFoundError as error:
         raise _without_torch("--distill", error) from error
-    limits = limits_of(options)
     with _progress(options, "distill") as progress:
         return last_step(
             result,
             options.calibration,
             batch=options.batch,
-            largest=None if limits is None else limits.bytes_of(result.bytes_before),
+            limits=limits_of(options),
             progress=progress and (lambda done, total, text: progress(done - 1, total, text)),
         )
 
@@ -138,7 +150,7 @@ def run_analyze(options: argparse.Namespace) -> int:
         raise OptionError(f"method '{method.id}' has no bits to share; choose best, entropy or transform")
     for path in (options.output, options.plot):
         if path is not None:
-            modelfile.check_output(path, options.model)
+            modelfile.check_output(path, options.model, options.calibration)
     with _progress(options, "analyze") as progress:
         found = analyze(
             options.model,
@@ -169,7 +181,7 @@ def run_distill(options: argparse.Namespace) -> int:
         from vqonnx.training.recipe import Recipe
     except ModuleNotFoundError as error:
         raise _without_torch("distill", error) from error
-    modelfile.check_output(options.output, options.original)
+    modelfile.check_output(options.output, options.original, options.calibration)
     modelfile.check_output(options.output, options.compressed)
     names = [field.name for field in fields(Recipe) if getattr(options, field.name, None) is not None]
     recipe = Recipe(**{name: getattr(options, name) for name in names})
@@ -207,7 +219,7 @@ def run_train_dqc(options: argparse.Namespace) -> int:
         from vqonnx.training.samples import Samples
     except ModuleNotFoundError as error:
         raise _without_torch("train-dqc", error) from error
-    modelfile.check_output(options.output, options.model)
+    modelfile.check_output(options.output, options.model, options.data, options.labels)
     method = cast(DQC, method_by_name("dqc", {"bits": options.bits, "zero": not options.no_zero, "fit": "paper"}))
     samples = Samples(
         options.model, options.data, read_labels(options.labels), batch=options.batch, seed=options.seed or 0
@@ -322,7 +334,7 @@ def run_compact(options: argparse.Namespace) -> int:
 
 def run_import(options: argparse.Namespace) -> int:
     """Put a published checkpoint into a graph."""
-    modelfile.check_output(options.output, options.model)
+    modelfile.check_output(options.output, options.model, options.checkpoint)
     shapes, target = shapes_of(options.input_shapes), target_of(options.target)
     result = import_kill_the_bits(
         options.checkpoint, options.model, target=target, fuse=options.fuse, input_shapes=shapes

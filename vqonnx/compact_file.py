@@ -14,7 +14,7 @@ from vqonnx.breakdown import breakdown
 from vqonnx.compact import compact, restore
 from vqonnx.errors import DataError, ModelError, VerifyError, VqonnxError
 from vqonnx.generate import generate_feeds
-from vqonnx.moments import snr_db
+from vqonnx.moments import ROUNDING, snr_db
 from vqonnx.ops import DOMAIN
 from vqonnx.record import read_record
 from vqonnx.runtime import get_library_path, open_session, run
@@ -130,8 +130,11 @@ def _apart(one: Any, other: Any) -> float | None:
         if one.tobytes() == other.tobytes():
             return None
         a, b = one.astype(np.float64), other.astype(np.float64)
-        wrong = not np.array_equal(np.isfinite(a), np.isfinite(b)) or not np.any(a)
-        return -np.inf if wrong else snr_db(float(np.nansum(a**2)), float(np.nansum((a - b) ** 2)))
+        if not np.array_equal(np.isfinite(a), np.isfinite(b)):
+            return -np.inf
+        if np.abs(np.nan_to_num(a - b)).max(initial=0) <= ROUNDING:
+            return np.inf
+        return -np.inf if not np.any(a) else snr_db(float(np.nansum(a**2)), float(np.nansum((a - b) ** 2)))
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         found = [apart for apart in map(_apart, one, other) if apart is not None]
         return min(found, default=None)

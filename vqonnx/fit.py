@@ -15,7 +15,7 @@ from vqonnx.allocate import Sharing
 from vqonnx.errors import OptionError
 from vqonnx.modelfile import external_bytes
 from vqonnx.result import Result
-from vqonnx.verify import Comparison, compare
+from vqonnx.verify import compare
 
 _AIM = 0.996  # of the size that is asked for; what layers take differs a little from what they were given
 _ENOUGH = (*[0.985] * 4, *[0.98] * 5)  # of it: after each attempt, the file may be so much smaller
@@ -166,7 +166,7 @@ def _least_loss(attempt: Callable[[float | None], Result], limits: Limits, shari
             result = attempt(float(np.exp(middle)))
             draft = Path(folder) / "draft.onnx"
             result.save(draft, verify=False)
-            lost = _lost(compare(result.source, draft, limits.data, labels=limits.labels))
+            lost = lost_by(result, draft, limits)
             draft.unlink()
             _log.info("%d bytes lose %.3g", result.model.ByteSize(), lost)
             assert limits.drop is not None
@@ -182,10 +182,20 @@ def _least_loss(attempt: Callable[[float | None], Result], limits: Limits, shari
     return best
 
 
-def _lost(found: Comparison) -> float:
-    """Percentage points, or percent of the energy."""
+def lost_by(result: Result, draft: Path, limits: Limits) -> float:
+    """What a file loses on the data of the limits: percentage points, or percent of the energy.
+
+    Raises:
+        OptionError: There are labels, but the first output is no classifier's.
+    """
+    found = compare(result.source, draft, limits.data, labels=limits.labels, library=result.target == "custom")
     if found.top1_before is not None and found.top1_after is not None:
-        return 100 * (found.top1_before - found.top1_after)
+        return round(100 * (found.top1_before - found.top1_after), 9)
+    if limits.labels is not None:
+        raise OptionError(
+            "limits: labels are for a classifier, whose first output is floats [images, classes]; leave them out, and "
+            "drop counts percent of the outputs' energy"
+        )
     if found.top1_agreement is not None:
-        return 100 * (1 - found.top1_agreement)
+        return round(100 * (1 - found.top1_agreement), 9)
     return 0.0 if found.snr_db is None else float(100 * 10 ** (-found.snr_db / 10))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ def read_labels(path: str | Path) -> NDArray[np.int64]:
         raise DataError(f"{path}: labels are read from .npy, .npz, .csv or .txt, not {path.suffix or 'no extension'}")
     try:
         values = readers[path.suffix.lower()](path)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, csv.Error) as error:
         raise DataError(f"{path}: labels cannot be read: {error}") from error
     if values.size != max(values.shape, default=0) or values.dtype.kind not in "iuf":
         raise DataError(f"{path}: labels are {values.dtype}{list(values.shape)}; give one whole number an image")
@@ -39,6 +41,8 @@ def _read_npy(path: Path) -> NDArray[Any]:
 
 
 def _read_npz(path: Path) -> NDArray[Any]:
+    if not zipfile.is_zipfile(path):  # np.load would leave the file open
+        raise ValueError("no .npz file, or cut off")
     with np.load(path) as archive:
         names = [LABELS] if LABELS in archive.files else archive.files
         if len(names) != 1:

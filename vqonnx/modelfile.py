@@ -139,15 +139,28 @@ def bring_in(model: ModelProto, folder: Path) -> bool:
     return True
 
 
-def check_output(path: str | Path, source: str | Path) -> None:
+def check_output(path: str | Path, source: str | Path, *others: str | Path | None) -> None:
     """Refuse an output path that cannot work, before the work begins.
 
+    Args:
+        path: Where to.
+        source: The model that is read.
+        others: What else is read, such as calibration data.
+
     Raises:
-        InputError: It is the input, a folder, in a missing folder, or in one that cannot be written.
+        InputError: It is the input, or a file with the input's external data; or a folder, in a missing folder, or in
+            one that cannot be written.
     """
     path, source = Path(path), Path(source)
-    if path.exists() and source.exists() and path.samefile(source):
+    if _same_file(path, source):
         raise InputError(f"{path}: is the input itself, which is never changed; choose another output path")
+    if any(other is not None and _same_file(path, Path(other)) for other in others):
+        raise InputError(f"{path}: is read as input, which is never changed; choose another output path")
+    for written in (path, path.with_name(path.name + ".data")):  # where the weights of a large output go
+        if written.is_file() and any(_same_file(written, file) for file in _data_files(source)):
+            raise InputError(
+                f"{written}: holds weights of the input, which is never changed; choose another output path"
+            )
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give the name of a file")
     if path.exists() and not path.is_file():
@@ -156,6 +169,21 @@ def check_output(path: str | Path, source: str | Path) -> None:
         raise InputError(f"{path}: the folder '{path.parent}' does not exist; make it first")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{path}: the folder '{path.parent}' cannot be written; choose another one")
+
+
+def _same_file(path: Path, other: Path) -> bool:
+    return path.exists() and other.exists() and path.samefile(other)
+
+
+def _data_files(source: Path) -> set[Path]:
+    """The files with external data of a model; none of a file that is no model."""
+    try:
+        return {
+            source.parent / _location(tensor)
+            for tensor in external_tensors(onnx.load(source, load_external_data=False))
+        }
+    except Exception:  # what is wrong with it is said when it is read
+        return set()
 
 
 @contextmanager

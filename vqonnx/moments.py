@@ -15,6 +15,9 @@ FULL_COLS = 8192
 BLOCK_COLS = 5040
 _ROWS_FOR_TARGET = 16
 
+# An output of Sigmoid or Softmax that is nearly zero may err by so much, and by any share of itself.
+ROUNDING = 2.0**-23
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:

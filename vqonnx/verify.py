@@ -338,7 +338,7 @@ class _Classes:
         rows = slice(self.images, self.images + (len(before) if np.ndim(before) else 1))
         self.images = rows.stop
         self.classifier &= _is_scores(before)
-        if not self.classifier:
+        if not self.classifier or not len(before):
             return
         one, other = (values.reshape(len(values), -1).argmax(axis=1) for values in (before, after))
         self.counts[0] += np.count_nonzero(one == other)

@@ -10,6 +10,7 @@ from typing import Any
 
 from vqonnx.errors import OptionError
 from vqonnx.feeds import read_feeds
+from vqonnx.fit import Limits, lost_by
 from vqonnx.result import Result
 from vqonnx.runtime import read_inputs
 from vqonnx.training.distill import distill
@@ -60,7 +61,7 @@ def last_step(
     *,
     recipe: Recipe = RECIPE,
     batch: int = 16,
-    largest: int | None = None,
+    limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> LastStep:
     """Distil a result, and keep that if the loss falls on a quarter of the data, which is held out.
@@ -70,7 +71,7 @@ def last_step(
         data: Its calibration data; of an iterator nothing may be left, so give a path or a sequence.
         recipe: How.
         batch: Images that are run at once where the model leaves the number open.
-        largest: Bytes that the file may have.
+        limits: What the file must keep to.
         progress: Called with (steps done, steps in all, "loss ...").
 
     Raises:
@@ -90,5 +91,15 @@ def last_step(
         result.save(before, verify=False)
         made = distill(result.source, before, trained, recipe, held_out=held, progress=progress)
         size = made.save(after, verify=False).bytes
-    kept = made.loss_after < made.loss_before and not made.diverged and (largest is None or size <= largest)
+        kept = made.loss_after < made.loss_before and not made.diverged and _keeps(result, after, size, limits)
     return LastStep(made.result if kept else result, made.loss_before, made.loss_after, size, kept)
+
+
+def _keeps(result: Result, after: Path, size: int, limits: Limits | None) -> bool:
+    """Whether the distilled file is within the limits, too."""
+    if limits is None:
+        return True
+    if limits.drop is not None:
+        return lost_by(result, after, limits) <= limits.drop
+    largest = limits.bytes_of(result.bytes_before)
+    return largest is None or size <= largest
