@@ -109,6 +109,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path) -> None:
     fresh = compressed(Limits(ratio=12), cache=cache).model.SerializeToString()
     kept = {path: path.read_bytes() for path in sorted(cache.iterdir())}
     damages = [b"", b"[[", b"\xff", b"[1]", b'[["nobody", {}, 1, 1]]', b'[["entropy", 3, 1, 1]]', b"{}3"]
+    damages += [b"{}", b'[["entropy", {}, NaN, 1]]', b'[["entropy", {}, 1, Infinity]]', b"[" * 100_000]
     for path, damage in zip(kept, damages, strict=False):
         path.write_bytes(damage)
     assert compressed(Limits(ratio=12), cache=cache).model.SerializeToString() == fresh

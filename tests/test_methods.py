@@ -241,6 +241,14 @@ def test_codebooks_of_whole_numbers_cost_half_and_lose_next_to_nothing(scale: Li
             assert half.nbytes - whole.nbytes == whole.codebooks.nbytes - (2 if scale == "none" else 0)
 
 
+@pytest.mark.parametrize("scale", ["none", "row"])
+def test_whole_numbers_of_weights_that_float32_hardly_holds(scale: Literal["none", "row"]) -> None:
+    layer = with_moments(gaussian(64, 72, 0, (3, 3)))
+    layer = replace(layer, weight=layer.weight * np.float32(3e-45))
+    assert layer.weight.any()
+    assert np.isfinite(Refined(scale=scale, codebook="int8").encode(layer).decode()).all()
+
+
 @having("codebook", Best)
 def test_weights_beyond_float16_are_left_alone_or_kept_in_float32(kind: type[Method]) -> None:
     layer = gaussian(64, 72, 0, (3, 3))

@@ -263,12 +263,14 @@ def _load(path: Path) -> list[Offer] | None:
     """The offers that were kept; None where there are none, or the file cannot be used."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(entries, list) or not all(np.isfinite(entry[2:]).all() for entry in entries):
+            raise ValueError("it holds no offers")
         return [
             Offer(method_by_name(name, options), float(size), float(error)) for name, options, size, error in entries
         ]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, AttributeError, OptionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OptionError) as error:
         _log.warning("%s: cannot be used (%s), so the layer is tried again", path, error)
         return None
 

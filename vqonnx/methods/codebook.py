@@ -39,7 +39,7 @@ def whole_numbers(words: NDArray[np.floating], scales: NDArray[np.floating]) -> 
     step = float(np.abs(words).max(initial=0)) / _MOST or 1.0
     factors = store_scales(scales * step)
     if len(scales) == 1:  # the words are multiples of the step as it is stored
-        step = float(factors.item()) / float(scales.item())
+        step = float(factors.item()) / float(scales.item()) or step  # zero where the type has nothing so small
     return np.clip(np.rint(words / step), -_MOST, _MOST).astype(np.int8), factors
 
 
