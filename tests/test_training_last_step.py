@@ -66,7 +66,7 @@ def test_the_compressed_model_is_not_lost_where_distillation_fails(run: Run, tmp
     code, _, errors = run(*map(str, words))
     assert code == 1
     assert "not distilled: distillation holds out one of 4 batches" in errors
-    assert weights_of(out)
+    assert out.stat().st_size < MLP.stat().st_size
 
 
 def test_distillation_and_another_order_of_channels_exclude_each_other(run: Run, tmp_path: Path) -> None:  # noqa: F811
