@@ -161,6 +161,16 @@ inline double Activated(double value, const Activation& activation) {
   return std::min(std::max(value, double{activation.low}), double{activation.high});
 }
 
+// The norm of the difference over that of what is wanted.
+inline double RelativeError(const std::vector<float>& got, const std::vector<float>& want) {
+  double error = 0.0, norm = 0.0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    error += (double{got[i]} - want[i]) * (double{got[i]} - want[i]);
+    norm += double{want[i]} * want[i];
+  }
+  return std::sqrt(error / norm);
+}
+
 // A buffer of floats that notices when something else than its middle is written.
 class Guarded {
  public:

@@ -6,16 +6,10 @@ namespace {
 
 constexpr double kExactly = 1e-5, kByTables = 1e-3;
 
-// Relative to the norm of what is wanted.
 void Compare(const Kernels& kernels, const Sample& sample, const char* what, const std::vector<float>& got,
              const std::vector<float>& want, double bound) {
-  double error = 0.0, norm = 0.0;
-  for (size_t i = 0; i < got.size(); ++i) {
-    error += (double{got[i]} - want[i]) * (double{got[i]} - want[i]);
-    norm += double{want[i]} * want[i];
-  }
-  if (std::sqrt(error) <= bound * std::sqrt(norm)) return;
-  Fail(kernels, sample, std::string(what) + " is off by " + std::to_string(std::sqrt(error / norm)));
+  const double error = RelativeError(got, want);
+  if (!(error <= bound)) Fail(kernels, sample, std::string(what) + " is off by " + std::to_string(error));
 }
 
 bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {

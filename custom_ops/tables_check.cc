@@ -7,15 +7,6 @@
 namespace vqonnx::check {
 namespace {
 
-double RelativeError(const std::vector<float>& got, const std::vector<float>& want) {
-  double error = 0.0, norm = 0.0;
-  for (size_t i = 0; i < got.size(); ++i) {
-    error += (double{got[i]} - want[i]) * (double{got[i]} - want[i]);
-    norm += double{want[i]} * want[i];
-  }
-  return std::sqrt(error / norm);
-}
-
 void CheckError(const Kernels& kernels, const Node& node, const std::string& what,
                 const std::function<std::vector<float>(Precision, const std::vector<float>&)>& run, size_t inputs) {
   Random random(2);

@@ -23,6 +23,7 @@ from vqonnx.compress import compress
 from vqonnx.config import Config, read_config
 from vqonnx.errors import OptionError, VqonnxError
 from vqonnx.expand import expand
+from vqonnx.fit import Limits
 from vqonnx.fuse import fuse
 from vqonnx.generate import generate_feeds
 from vqonnx.graph import LINEAR
@@ -58,6 +59,7 @@ def run_compress(options: argparse.Namespace) -> int:
     if options.optimize not in ("size", "speed"):
         raise OptionError(f"--optimize {options.optimize}: choose size or speed")
     quick = options.optimize == "speed"
+    limits = limits_of(options)
     with _progress(options, "compress") as progress:
         result = compress(
             options.model,
@@ -68,7 +70,7 @@ def run_compress(options: argparse.Namespace) -> int:
             op_types=options.op_types or config.op_types or LINEAR,
             overrides=config.overrides,
             target=target_of(options.target or config.target or "hybrid"),
-            limits=limits_of(options),
+            limits=limits,
             seed=options.seed if options.seed is not None else config.seed or 0,
             batch=options.batch,
             input_shapes=shapes_of(options.input_shapes),
@@ -84,7 +86,7 @@ def run_compress(options: argparse.Namespace) -> int:
     step, failed = None, False
     if options.distill:
         try:
-            step = _last_step(options, result)
+            step = _last_step(options, result, limits)
         except VqonnxError as error:  # what is compressed took long, and is good without it
             _log.warning("not distilled: %s", error)
             failed = True
@@ -109,8 +111,8 @@ def run_compress(options: argparse.Namespace) -> int:
     return FAILED if failed else 0
 
 
-def _last_step(options: argparse.Namespace, result: Result) -> LastStep:
-    """Distil what was compressed, within the size that was asked for."""
+def _last_step(options: argparse.Namespace, result: Result, limits: Limits | None) -> LastStep:
+    """Distil what was compressed, within the limits that were asked for."""
     try:
         from vqonnx.training.last_step import last_step
     except ModuleNotFoundError as error:
@@ -120,7 +122,7 @@ def _last_step(options: argparse.Namespace, result: Result) -> LastStep:
             result,
             options.calibration,
             batch=options.batch,
-            limits=limits_of(options),
+            limits=limits,
             progress=progress and (lambda done, total, text: progress(done - 1, total, text)),
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -156,11 +156,7 @@ def check_output(path: str | Path, source: str | Path, *others: str | Path | Non
         raise InputError(f"{path}: is the input itself, which is never changed; choose another output path")
     if any(other is not None and _same_file(path, Path(other)) for other in others):
         raise InputError(f"{path}: is read as input, which is never changed; choose another output path")
-    for written in (path, path.with_name(path.name + ".data")):  # where the weights of a large output go
-        if written.is_file() and any(_same_file(written, file) for file in _data_files(source)):
-            raise InputError(
-                f"{written}: holds weights of the input, which is never changed; choose another output path"
-            )
+    _refuse_data_files([path, path.with_name(path.name + ".data")], source)  # where the weights of a large output go
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give the name of a file")
     if path.exists() and not path.is_file():
@@ -175,15 +171,20 @@ def _same_file(path: Path, other: Path) -> bool:
     return path.exists() and other.exists() and path.samefile(other)
 
 
-def _data_files(source: Path) -> set[Path]:
-    """The files with external data of a model; none of a file that is no model."""
+def _refuse_data_files(written: Sequence[Path], source: Path) -> None:
+    there = [path for path in written if path.is_file()]
     try:
-        return {
-            source.parent / _location(tensor)
-            for tensor in external_tensors(onnx.load(source, load_external_data=False))
-        }
-    except Exception:  # what is wrong with it is said when it is read
-        return set()
+        files = _data_files(load(source), source.parent) if there else set()
+    except (InputError, ModelError):  # said when it is read; or it is no model, such as a checkpoint
+        return
+    for path in there:
+        if any(_same_file(path, file) for file in files):
+            raise InputError(f"{path}: holds weights of the input, which is never changed; choose another output path")
+
+
+def _data_files(model: ModelProto, folder: Path) -> set[Path]:
+    """The files that hold the model's external data."""
+    return {folder / _location(tensor) for tensor in external_tensors(model)}
 
 
 @contextmanager
@@ -219,7 +220,7 @@ def whole_or_nothing(path: str | Path) -> Iterator[Path]:
 def file_bytes(path: str | Path) -> int:
     """Bytes on disk of a model: the file and the external data files that it names."""
     path = Path(path)
-    files = {path} | {path.parent / _location(tensor) for tensor in external_tensors(load(path))}
+    files = {path} | _data_files(load(path), path.parent)
     return sum(file.stat().st_size for file in files)
 
 
