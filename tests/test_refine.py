@@ -161,3 +161,35 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
         _, done, better = alternate(flat, feed_back(flat, words), words, 2)
         assert np.isfinite(better).all()
         assert flat.error(done, better) <= flat.error(codes, words) + 1e-9
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_rows_of_several_panels_are_searched_block_by_block(width: int) -> None:
+    """What is put off to the end of a panel must reach the blocks behind it before they are decided."""
+    target, codes, words = problem(rows=3, cols=200, width=width, words=5, seed=width, groups=2, scaled=True)
+    by_one = codes.copy()
+    for block in range(target.groups):
+        trials = []
+        for word in range(len(words)):
+            tried = by_one.copy()
+            tried[:, block] = word
+            missed = target.weight - target.decode(tried, words)
+            parts = [np.einsum("ij,ij->i", missed[rows] @ metric, missed[rows]) for rows, metric in target.parts()]
+            trials.append(np.concatenate(parts))
+        by_one[:, block] = np.argmin(trials, axis=0)
+    assert len(list(target.panels())) > 2
+    np.testing.assert_array_equal(descend(target, codes, words), by_one)
+
+
+def test_error_feedback_reaches_the_panels_behind() -> None:
+    target, _, words = problem(rows=3, cols=150, width=2, words=5, seed=4, scaled=True)
+    damped = target.metrics[0] + 0.01 * np.diag(target.metrics[0]).mean() * np.eye(150)
+    upper = np.linalg.cholesky(np.linalg.inv(damped)).T
+    weight, expected = target.weight.copy(), []
+    for start in range(0, 150, 2):
+        inverse = np.linalg.inv(upper[start : start + 2, start : start + 2])
+        left = (weight[:, None, start : start + 2] - target.scales[:, None, None] * words) @ inverse
+        best = np.argmin(np.sum(left**2, axis=2), axis=1)
+        expected.append(best)
+        weight[:, start + 2 :] -= left[np.arange(3), best] @ upper[start : start + 2, start + 2 :]
+    np.testing.assert_array_equal(feed_back(target, words), np.stack(expected, axis=1))

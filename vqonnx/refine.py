@@ -21,6 +21,8 @@ Codes = NDArray[np.int64]
 
 _RIDGE = 1e-6  # times the mean of the diagonal: keeps words that nobody uses where they are
 _PLAIN = 1e-3  # times the mean of the diagonal, added to every metric
+_AT_ONCE = 2**20  # numbers that are kept for blocks which are worked on at the same time
+_TOGETHER = 64  # columns whose changes reach the others in one matrix product
 _CG_STEPS = 60
 _CG_TOLERANCE = 1e-7
 
@@ -66,6 +68,18 @@ class Target:
         for number, metric in enumerate(self.metrics):
             yield slice(number * size, (number + 1) * size), metric
 
+    def blocks(self, matrix: Array) -> Array:
+        """``[groups, rows, width]`` from ``[rows, groups * width]``."""
+        found: Array = matrix.reshape(len(matrix), -1, self.width).swapaxes(0, 1)
+        return found
+
+    def panels(self) -> Iterator[tuple[slice, slice]]:
+        """Runs of blocks, each with its columns, whose effect on what follows is one matrix product."""
+        step = max(1, _TOGETHER // self.width)
+        for start in range(0, self.groups, step):
+            stop = min(start + step, self.groups)
+            yield slice(start, stop), slice(start * self.width, stop * self.width)
+
     def columns(self, block: int) -> slice:
         """The columns of a block."""
         return slice(block * self.width, (block + 1) * self.width)
@@ -105,28 +119,16 @@ def target_of(layer: Layer, width: int, *, asymmetric: bool, scales: Array | Non
     return Target.of(weight, tuple(metrics), width, scales)
 
 
-def nearest_in(points: Array, words: Array, metric: Array, scales: Array) -> Codes:
-    """The word of least ``(v - s c)^T G (v - s c)`` for each point; of equals the first.
-
-    Args:
-        points: ``[n, width]``.
-        words: ``[k, width]``.
-        metric: ``[width, width]``.
-        scales: s, ``[n]``.
-    """
-    turned = words @ metric
-    energy = np.einsum("kd,kd->k", turned, words)
-    cost = (scales**2)[:, None] * energy - 2 * scales[:, None] * (points @ turned.T)
-    return np.asarray(np.argmin(cost, axis=1), np.int64)
-
-
 def assign(target: Target, words: Array) -> Codes:
-    """Each block's best word on its own, in the metric of the block."""
+    """Each block's best word on its own, in the metric of the block; of equals the first."""
     codes = np.empty((len(target.weight), target.groups), np.int64)
     for rows, metric in target.parts():
-        for block in range(target.groups):
-            at = target.columns(block)
-            codes[rows, block] = nearest_in(target.weight[rows, at], words, metric[at, at], target.scales[rows])
+        scales = target.scales[rows]
+        for some in _runs(target.groups, len(scales) * len(words)):
+            own = _own(metric, target.width, some)
+            points = target.blocks(target.weight[rows])[some]
+            cost = _costs(points @ own, words, own, scales)
+            codes[rows, some] = np.argmin(cost, axis=2).T
     return codes
 
 
@@ -136,14 +138,17 @@ def update_words(target: Target, codes: Codes, words: Array) -> Array:
     left, right = np.zeros((size, width, width)), np.zeros((size, width))
     for rows, metric in target.parts():
         scales = target.scales[rows]
-        for block in range(target.groups):
-            at = target.columns(block)
-            chosen = codes[rows, block]
-            counts = np.bincount(chosen, weights=scales**2, minlength=size)
-            sums = np.zeros((size, width))
-            np.add.at(sums, chosen, scales[:, None] * target.weight[rows, at])
-            left += counts[:, None, None] * metric[at, at]
-            right += sums @ metric[at, at]
+        for some in _runs(target.groups, size * width):
+            own = _own(metric, target.width, some)
+            wanted = scales[:, None] * target.blocks(target.weight[rows])[some]  # [blocks, rows, width]
+            place = (codes[rows, some].T + size * np.arange(len(own))[:, None]).reshape(-1)
+            count = size * len(own)
+            energy = np.broadcast_to(scales**2, (len(own), len(scales))).reshape(-1)
+            counts = np.bincount(place, weights=energy, minlength=count).reshape(-1, size)
+            columns = [np.bincount(place, weights=wanted[..., at].reshape(-1), minlength=count) for at in range(width)]
+            sums = np.stack(columns, axis=1).reshape(-1, size, width)
+            left += np.tensordot(counts, own, axes=(0, 0))
+            right += np.sum(sums @ own, axis=0)
     return _solve(left, right, words)
 
 
@@ -153,31 +158,31 @@ def descend(target: Target, codes: Codes, words: Array) -> Codes:
     missed = target.weight - target.decode(codes, words)
     for rows, metric in target.parts():
         influence = missed[rows] @ metric  # [rows, cols]
-        scales = target.scales[rows]
-        for block in range(target.groups):
-            at = target.columns(block)
-            own = metric[at, at]
-            if not own.any():
-                continue
-            part = missed[rows, at]
-            # cost(c) = (e + s(q - c))^T G (e + s(q - c)) + 2 (influence of the other blocks) (e + s(q - c))
-            pull = influence[:, at] - part @ own
-            base = part + scales[:, None] * words[codes[rows, block]]  # what the word has to make
-            turned = words @ own
-            energy = np.einsum("kd,kd->k", turned, words)
-            cost = (scales**2)[:, None] * energy - 2 * scales[:, None] * (base @ turned.T + pull @ words.T)
-            chosen = np.argmin(cost, axis=1)
-            before = codes[rows, block]
-            # Rounding must not turn a tie into a change, or sweeps would never settle.
-            number = np.arange(len(chosen))
-            better = cost[number, chosen] < cost[number, before] - 1e-12 * np.abs(cost[number, before])
-            chosen = np.where(better, chosen, before)
-            change = scales[:, None] * (words[before] - words[chosen])
-            if not change.any():
-                continue
-            codes[rows, block] = chosen
-            missed[rows, at] += change
-            influence += change @ metric[at]
+        scales = target.scales[rows][:, None]
+        squares, number = scales**2, np.arange(len(scales))
+        for some, columns in target.panels():
+            near, within = influence[:, columns].copy(), metric[columns, columns]
+            owns = _own(metric, target.width, some)
+            changes = np.zeros(near.shape)
+            for own, energy, block in zip(owns, _energies(words, owns), range(len(owns)), strict=True):
+                if not own.any():
+                    continue
+                at = target.columns(block)
+                before = codes[rows, some.start + block]
+                made = scales * words[before]
+                # With q what the block is to make, as the other blocks stand, the error of a word c is, but for what
+                # all words have in common, (s c)^T G (s c) - 2 (G q)^T (s c).
+                cost = squares * energy - (2 * scales * (near[:, at] + made @ own)) @ words.T
+                chosen = cost.argmin(axis=1)
+                if (chosen == before).all():
+                    continue
+                # Rounding must not turn a tie into a change, or sweeps would never settle.
+                kept = cost[number, before]
+                chosen = np.where(cost[number, chosen] < kept - 1e-12 * np.abs(kept), chosen, before)
+                codes[rows, some.start + block] = chosen
+                changes[:, at] = change = made - scales * words[chosen]
+                near += change @ within[at]
+            influence[:, columns.stop :] += changes @ metric[columns, columns.stop :]
     return codes
 
 
@@ -188,15 +193,12 @@ def refit(target: Target, codes: Codes, words: Array) -> Array:
     error larger.
     """
     size, width = words.shape
+    place = (codes[..., None] * width + np.arange(width)).reshape(-1)
 
     def gathered(matrix: Array) -> Array:
         turned = np.concatenate([matrix[rows] @ metric for rows, metric in target.parts()])
-        blocks = (target.scales[:, None] * turned).reshape(-1, width)
-        found = np.zeros((size, width))
-        flat = codes.reshape(-1)
-        for column in range(width):
-            found[:, column] = np.bincount(flat, weights=blocks[:, column], minlength=size)
-        return found
+        blocks = (target.scales[:, None] * turned).reshape(-1)
+        return np.asarray(np.bincount(place, weights=blocks, minlength=words.size), np.float64).reshape(size, width)
 
     mean = float(np.mean([np.trace(metric) / max(len(metric), 1) for metric in target.metrics]))
     ridge = _RIDGE * mean * max(1.0, codes.size / size)
@@ -210,13 +212,11 @@ def refit(target: Target, codes: Codes, words: Array) -> Array:
     z = words.copy()
     residual = gathered(target.weight - target.decode(codes, z))
     # The blocks on the diagonal alone, as preconditioner.
-    weights = np.zeros((size, width))
-    for rows, metric in target.parts():
-        diagonal = np.diag(metric).reshape(target.groups, width)
-        for block in range(target.groups):
-            counts = np.bincount(codes[rows, block], weights=target.scales[rows] ** 2, minlength=size)
-            weights += counts[:, None] * diagonal[block]
-    weights += ridge
+    diagonals = np.concatenate(
+        [target.scales[rows, None] ** 2 * np.diag(metric) for rows, metric in target.parts()], axis=0
+    )
+    counts = np.bincount(place, weights=diagonals.reshape(-1), minlength=words.size)
+    weights = np.asarray(counts, np.float64).reshape(size, width) + ridge
     turned = residual / weights
     direction, power = turned.copy(), float((residual * turned).sum())
     start = power
@@ -254,14 +254,22 @@ def feed_back(target: Target, words: Array, damping: float = 0.01) -> Codes:
         damped = metric + np.diag(np.where(dead, _RIDGE * mean if mean > 0 else 1.0, damping * mean))
         upper = np.linalg.cholesky(np.linalg.inv(damped)).T
         weight = target.weight[rows].copy()
-        scales = target.scales[rows]
-        for block in range(target.groups):
-            at = target.columns(block)
-            inverse = np.linalg.inv(upper[at, at])
-            chosen = nearest_in(weight[:, at], words, inverse @ inverse.T, scales)
-            codes[rows, block] = chosen
-            missed = (weight[:, at] - scales[:, None] * words[chosen]) @ inverse
-            weight[:, at.stop :] -= missed @ upper[at, at.stop :]
+        scales = target.scales[rows][:, None]
+        squares = scales**2
+        for some, columns in target.panels():
+            near, within = weight[:, columns].copy(), upper[columns, columns]
+            inverses = np.linalg.inv(_own(upper, target.width, some))
+            owns = inverses @ inverses.swapaxes(1, 2)
+            missed = np.zeros(near.shape)
+            parts = zip(inverses, owns, _energies(words, owns), range(len(owns)), strict=True)
+            for inverse, own, energy, block in parts:
+                at = target.columns(block)
+                cost = squares * energy - (2 * scales * (near[:, at] @ own)) @ words.T
+                chosen = cost.argmin(axis=1)
+                codes[rows, some.start + block] = chosen
+                missed[:, at] = mistake = (near[:, at] - scales * words[chosen]) @ inverse
+                near[:, at.stop :] -= mistake @ within[at, at.stop :]
+            weight[:, columns.stop :] -= missed @ upper[columns, columns.stop :]
     return codes
 
 
@@ -300,6 +308,38 @@ def alternate(
         if scaled:
             target = replace(target, scales=target.scales * row_factors(target, target.decode(codes, words)))
     return target, codes, words
+
+
+def _runs(groups: int, size: int) -> Iterator[slice]:
+    """Blocks of a row that are worked on at the same time, where each takes ``size`` numbers."""
+    step = max(1, _AT_ONCE // max(size, 1))
+    for start in range(0, groups, step):
+        yield slice(start, min(start + step, groups))
+
+
+def _own(metric: Array, width: int, some: slice) -> Array:
+    """The blocks on the diagonal, ``[blocks, width, width]``."""
+    at = np.arange(some.start, some.stop)[:, None] * width + np.arange(width)
+    found: Array = metric[at[:, :, None], at[:, None]]
+    return found
+
+
+def _energies(words: Array, owns: Array) -> Array:
+    """``[blocks, k]``: ``c^T G c`` of each word in each metric."""
+    return np.asarray(np.einsum("bkd,kd->bk", words @ owns, words))
+
+
+def _costs(pulls: Array, words: Array, owns: Array, scales: Array) -> Array:
+    """``[blocks, rows, k]``: ``(s c)^T G (s c) - 2 p^T (s c)`` for each word c.
+
+    Args:
+        pulls: p, ``[blocks, rows, width]``.
+        words: ``[k, width]``.
+        owns: G, ``[blocks, width, width]``.
+        scales: s, ``[rows]``.
+    """
+    factors = scales[:, None]
+    return np.asarray(factors**2 * _energies(words, owns)[:, None] - (2 * factors * pulls) @ words.T)
 
 
 def _solve(left: Array, right: Array, words: Array) -> Array:
