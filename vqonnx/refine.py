@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,10 +76,8 @@ class Target:
 
     def panels(self) -> Iterator[tuple[slice, slice]]:
         """Runs of blocks, each with its columns, whose effect on what follows is one matrix product."""
-        step = max(1, _TOGETHER // self.width)
-        for start in range(0, self.groups, step):
-            stop = min(start + step, self.groups)
-            yield slice(start, stop), slice(start * self.width, stop * self.width)
+        for some in _runs(self.groups, max(1, _TOGETHER // self.width)):
+            yield some, slice(some.start * self.width, some.stop * self.width)
 
     def columns(self, block: int) -> slice:
         """The columns of a block."""
@@ -124,10 +123,10 @@ def assign(target: Target, words: Array) -> Codes:
     codes = np.empty((len(target.weight), target.groups), np.int64)
     for rows, metric in target.parts():
         scales = target.scales[rows]
-        for some in _runs(target.groups, len(scales) * len(words)):
+        for some in _runs(target.groups, _AT_ONCE // max(len(scales) * len(words), 1)):
             own = _own(metric, target.width, some)
             points = target.blocks(target.weight[rows])[some]
-            cost = _costs(points @ own, words, own, scales)
+            cost = _costs(points @ own, words, _energies(words, own), scales[:, None])
             codes[rows, some] = np.argmin(cost, axis=2).T
     return codes
 
@@ -138,15 +137,12 @@ def update_words(target: Target, codes: Codes, words: Array) -> Array:
     left, right = np.zeros((size, width, width)), np.zeros((size, width))
     for rows, metric in target.parts():
         scales = target.scales[rows]
-        for some in _runs(target.groups, size * width):
+        for some in _runs(target.groups, _AT_ONCE // (size * width)):
             own = _own(metric, target.width, some)
             wanted = scales[:, None] * target.blocks(target.weight[rows])[some]  # [blocks, rows, width]
-            place = (codes[rows, some].T + size * np.arange(len(own))[:, None]).reshape(-1)
-            count = size * len(own)
-            energy = np.broadcast_to(scales**2, (len(own), len(scales))).reshape(-1)
-            counts = np.bincount(place, weights=energy, minlength=count).reshape(-1, size)
-            columns = [np.bincount(place, weights=wanted[..., at].reshape(-1), minlength=count) for at in range(width)]
-            sums = np.stack(columns, axis=1).reshape(-1, size, width)
+            chosen = codes[rows, some].T + size * np.arange(len(own))[:, None]
+            counts = _sums(_places(chosen, 1), np.broadcast_to(scales**2, chosen.shape), (len(own), size))
+            sums = _sums(_places(chosen, width), wanted, (len(own), size, width))
             left += np.tensordot(counts, own, axes=(0, 0))
             right += np.sum(sums @ own, axis=0)
     return _solve(left, right, words)
@@ -159,7 +155,7 @@ def descend(target: Target, codes: Codes, words: Array) -> Codes:
     for rows, metric in target.parts():
         influence = missed[rows] @ metric  # [rows, cols]
         scales = target.scales[rows][:, None]
-        squares, number = scales**2, np.arange(len(scales))
+        number = np.arange(len(scales))
         for some, columns in target.panels():
             near, within = influence[:, columns].copy(), metric[columns, columns]
             owns = _own(metric, target.width, some)
@@ -170,9 +166,8 @@ def descend(target: Target, codes: Codes, words: Array) -> Codes:
                 at = target.columns(block)
                 before = codes[rows, some.start + block]
                 made = scales * words[before]
-                # With q what the block is to make, as the other blocks stand, the error of a word c is, but for what
-                # all words have in common, (s c)^T G (s c) - 2 (G q)^T (s c).
-                cost = squares * energy - (2 * scales * (near[:, at] + made @ own)) @ words.T
+                # With q what the block is to make, as the other blocks stand, words pull by G q.
+                cost = _costs(near[:, at] + made @ own, words, energy, scales)
                 chosen = cost.argmin(axis=1)
                 if (chosen == before).all():
                     continue
@@ -193,12 +188,11 @@ def refit(target: Target, codes: Codes, words: Array) -> Array:
     error larger.
     """
     size, width = words.shape
-    place = (codes[..., None] * width + np.arange(width)).reshape(-1)
+    places = _places(codes, width)
 
     def gathered(matrix: Array) -> Array:
         turned = np.concatenate([matrix[rows] @ metric for rows, metric in target.parts()])
-        blocks = (target.scales[:, None] * turned).reshape(-1)
-        return np.asarray(np.bincount(place, weights=blocks, minlength=words.size), np.float64).reshape(size, width)
+        return _sums(places, target.scales[:, None] * turned, words.shape)
 
     mean = float(np.mean([np.trace(metric) / max(len(metric), 1) for metric in target.metrics]))
     ridge = _RIDGE * mean * max(1.0, codes.size / size)
@@ -212,11 +206,8 @@ def refit(target: Target, codes: Codes, words: Array) -> Array:
     z = words.copy()
     residual = gathered(target.weight - target.decode(codes, z))
     # The blocks on the diagonal alone, as preconditioner.
-    diagonals = np.concatenate(
-        [target.scales[rows, None] ** 2 * np.diag(metric) for rows, metric in target.parts()], axis=0
-    )
-    counts = np.bincount(place, weights=diagonals.reshape(-1), minlength=words.size)
-    weights = np.asarray(counts, np.float64).reshape(size, width) + ridge
+    diagonals = [target.scales[rows, None] ** 2 * np.diag(metric) for rows, metric in target.parts()]
+    weights = _sums(places, np.concatenate(diagonals), words.shape) + ridge
     turned = residual / weights
     direction, power = turned.copy(), float((residual * turned).sum())
     start = power
@@ -255,7 +246,6 @@ def feed_back(target: Target, words: Array, damping: float = 0.01) -> Codes:
         upper = np.linalg.cholesky(np.linalg.inv(damped)).T
         weight = target.weight[rows].copy()
         scales = target.scales[rows][:, None]
-        squares = scales**2
         for some, columns in target.panels():
             near, within = weight[:, columns].copy(), upper[columns, columns]
             inverses = np.linalg.inv(_own(upper, target.width, some))
@@ -264,8 +254,7 @@ def feed_back(target: Target, words: Array, damping: float = 0.01) -> Codes:
             parts = zip(inverses, owns, _energies(words, owns), range(len(owns)), strict=True)
             for inverse, own, energy, block in parts:
                 at = target.columns(block)
-                cost = squares * energy - (2 * scales * (near[:, at] @ own)) @ words.T
-                chosen = cost.argmin(axis=1)
+                chosen = _costs(near[:, at] @ own, words, energy, scales).argmin(axis=1)
                 codes[rows, some.start + block] = chosen
                 missed[:, at] = mistake = (near[:, at] - scales * words[chosen]) @ inverse
                 near[:, at.stop :] -= mistake @ within[at, at.stop :]
@@ -311,8 +300,8 @@ def alternate(
 
 
 def _runs(groups: int, size: int) -> Iterator[slice]:
-    """Blocks of a row that are worked on at the same time, where each takes ``size`` numbers."""
-    step = max(1, _AT_ONCE // max(size, 1))
+    """The blocks of a row, ``size`` of them at a time, or one."""
+    step = max(1, size)
     for start in range(0, groups, step):
         yield slice(start, min(start + step, groups))
 
@@ -329,17 +318,31 @@ def _energies(words: Array, owns: Array) -> Array:
     return np.asarray(np.einsum("bkd,kd->bk", words @ owns, words))
 
 
-def _costs(pulls: Array, words: Array, owns: Array, scales: Array) -> Array:
-    """``[blocks, rows, k]``: ``(s c)^T G (s c) - 2 p^T (s c)`` for each word c.
+def _costs(pulls: Array, words: Array, energies: Array, scales: Array) -> Array:
+    """``(s c)^T G (s c) - 2 p^T (s c)`` for each word c: its error, but for what all words have in common.
 
     Args:
-        pulls: p, ``[blocks, rows, width]``.
+        pulls: p, ``[rows, width]``, or ``[blocks, rows, width]``.
         words: ``[k, width]``.
-        owns: G, ``[blocks, width, width]``.
-        scales: s, ``[rows]``.
+        energies: ``c^T G c``, ``[k]``, or ``[blocks, k]``.
+        scales: s, ``[rows, 1]``.
+
+    Returns:
+        ``[rows, k]``, or ``[blocks, rows, k]``.
     """
-    factors = scales[:, None]
-    return np.asarray(factors**2 * _energies(words, owns)[:, None] - (2 * factors * pulls) @ words.T)
+    return np.asarray(scales**2 * energies[..., None, :] - (2 * scales * pulls) @ words.T)
+
+
+def _places(codes: Codes, width: int) -> Codes:
+    """Where the values of the words that codes stand for lie among those of all words, one after the other."""
+    found: Codes = (codes[..., None] * width + np.arange(width)).reshape(-1)
+    return found
+
+
+def _sums(places: Codes, values: Array, shape: tuple[int, ...]) -> Array:
+    """The sum of the values that each place of an array of that shape gets."""
+    found = np.bincount(places, weights=values.reshape(-1), minlength=prod(shape))
+    return np.asarray(found, np.float64).reshape(shape)
 
 
 def _solve(left: Array, right: Array, words: Array) -> Array:

@@ -19,8 +19,6 @@ from vqonnx.method import Layer, LeftAlone, Method, Needs, check_range
 from vqonnx.moments import FULL_COLS
 from vqonnx.refine import Array, Target, row_factors, target_of
 
-_TOGETHER = 64  # columns whose changes reach the others in one matrix product
-
 
 @dataclass(frozen=True)
 class Settled(Method):
@@ -83,15 +81,14 @@ def settle(target: Target, levels: Array, steps: Array, bits: int) -> Array:
     wide = steps.reshape(groups, -1)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     influence = (target.weight.reshape(found.shape) - found * wide[..., None]) @ metrics
-    for start in range(0, cols, _TOGETHER):
-        at = slice(start, min(start + _TOGETHER, cols))
+    for _, at in target.panels():
         near, own = influence[..., at].copy(), metrics[:, at, at]
         before = found[..., at].copy()
         for column in range(near.shape[2]):
             slope = near[..., column] / own[:, column, column, None]
             chosen = np.clip(np.rint(before[..., column] + slope / wide), low, high)
             near += ((before[..., column] - chosen) * wide)[..., None] * own[:, None, column]
-            found[..., start + column] = chosen
+            found[..., at.start + column] = chosen
         if at.stop < cols:  # what comes behind is all that is read again
             influence[..., at.stop :] += ((before - found[..., at]) * wide[..., None]) @ metrics[:, at, at.stop :]
     return np.asarray(found.reshape(rows, cols), np.float64)
