@@ -1,5 +1,6 @@
 // All algorithms over the vocabulary of kernels-inl.h. In this order: each uses those before it.
 // clang-format off
+#include "rows-inl.h"
 #include "kernels-inl.h"
 #include "activation-inl.h"
 #include "tile-inl.h"

@@ -112,6 +112,14 @@ struct WordTable {
 struct ProductTable : WordTable {
   using WordTable::WordTable;
   static __m256i FromFloats(__m256 a) { return _mm256_castps_si256(a); }
+  static __m256 FourBytes(const std::uint8_t* p, std::size_t step) {
+    const auto load = [&](std::size_t i) {
+      return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + i * step)));
+    };
+    const __m256i low = _mm256_or_si256(load(0), _mm256_slli_epi32(load(1), 8));
+    const __m256i high = _mm256_or_si256(_mm256_slli_epi32(load(2), 16), _mm256_slli_epi32(load(3), 24));
+    return _mm256_castsi256_ps(_mm256_or_si256(low, high));
+  }
   template <int kBits>
   static __m256i Next(__m256i codes) {
     return _mm256_srli_epi32(codes, kBits);

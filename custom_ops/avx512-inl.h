@@ -116,6 +116,16 @@ struct ProductTable {
   static constexpr std::size_t kWords = 16;
   explicit ProductTable(const float* words) : words_(Wide::Load(words)) {}
   static __m512i FromFloats(__m512 a) { return _mm512_castps_si512(a); }
+  static __m512 FourBytes(const std::uint8_t* p, std::size_t step) {
+    const auto load = [&](std::size_t i) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * step));
+      return _mm512_maskz_cvtepu8_epi32(0xFFFF, bytes);
+    };
+    const __m512i low = _mm512_or_si512(load(0), _mm512_maskz_slli_epi32(0xFFFF, load(1), 8));
+    const __m512i high =
+        _mm512_or_si512(_mm512_maskz_slli_epi32(0xFFFF, load(2), 16), _mm512_maskz_slli_epi32(0xFFFF, load(3), 24));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, high));
+  }
   template <int kBits>
   static __m512i Next(__m512i codes) {
     return _mm512_maskz_srli_epi32(0xFFFF, codes, kBits);

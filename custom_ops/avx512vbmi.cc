@@ -2,6 +2,7 @@
 // unnamed namespaces except the table, see docs/kernels.md.
 // clang-format off
 #include "avx512-inl.h"
+#include "rows-inl.h"
 #include "scalar-vbmi-inl.h"
 #include "algorithms-inl.h"
 #include "table-vbmi-inl.h"

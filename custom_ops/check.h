@@ -31,6 +31,7 @@ struct Sample {
   unsigned seed;
   std::vector<std::uint8_t> storage;  // `shift` bytes, so that rows are not aligned, then the codes and not a byte more
   size_t shift;
+  size_t lanes = 0;              // 1, or kStripRows in strips; Fill chooses where it is 0
   std::vector<float> codebooks;  // padded as kernels may expect
   std::vector<float> scales;     // one a row
 
@@ -45,16 +46,28 @@ struct Sample {
             .bits = bits,
             .books = books,
             .words = words,
-            .width = width};
+            .width = width,
+            .lanes = lanes};
+  }
+
+  size_t PlaceOf(size_t stage, size_t row, size_t byte) const {
+    const size_t first = row / lanes * lanes;
+    return shift + (stage * rows + first) * RowBytes() + byte * lanes + row - first;
+  }
+  std::vector<std::int64_t> CodesShape() const {
+    std::vector<std::int64_t> shape;
+    for (const size_t size : {stages, rows / lanes, RowBytes(), lanes})
+      shape.push_back(static_cast<std::int64_t>(size));
+    if (lanes == 1) shape.pop_back();
+    return shape;
   }
 
   // Bit by bit, as the format says it.
   size_t CodeAt(size_t stage, size_t row, size_t group) const {
-    const std::uint8_t* string = storage.data() + shift + (stage * rows + row) * RowBytes();
     size_t code = 0;
     for (size_t bit = 0; bit < bits; ++bit) {
       const size_t k = group * bits + bit;
-      code |= static_cast<size_t>(string[k / 8] >> (k % 8) & 1) << bit;
+      code |= static_cast<size_t>(storage[PlaceOf(stage, row, k / 8)] >> (k % 8) & 1) << bit;
     }
     return code;
   }
@@ -74,7 +87,7 @@ struct Sample {
     return "seed " + std::to_string(seed) + ": stages " + std::to_string(stages) + ", rows " + std::to_string(rows) +
            ", groups " + std::to_string(groups) + ", bits " + std::to_string(bits) + ", books " +
            std::to_string(books) + ", words " + std::to_string(words) + ", width " + std::to_string(width) + ", cols " +
-           std::to_string(cols);
+           std::to_string(cols) + (lanes > 1 ? ", in strips" : "");
   }
 };
 
@@ -89,18 +102,21 @@ inline float Value(Random& random, bool special) {
 // Codes, codebooks and scales for the sizes that `sample` has.
 inline void Fill(Sample& sample, Random& random, bool special) {
   sample.shift = Pick(random, 0, 7);
+  if (sample.lanes == 0) sample.lanes = sample.rows % kStripRows == 0 && Pick(random, 0, 3) ? kStripRows : 1;
   sample.storage.assign(sample.shift + sample.stages * sample.rows * sample.RowBytes(), 0);
   for (size_t line = 0; line < sample.stages * sample.rows; ++line) {
-    std::uint8_t* string = sample.storage.data() + sample.shift + line * sample.RowBytes();
+    const auto byte = [&](size_t index) -> std::uint8_t& {
+      return sample.storage[sample.PlaceOf(line / sample.rows, line % sample.rows, index)];
+    };
     for (size_t group = 0; group < sample.groups; ++group) {
       const size_t code = Pick(random, 0, sample.words - 1);
       for (size_t bit = 0; bit < sample.bits; ++bit) {
         const size_t k = group * sample.bits + bit;
-        string[k / 8] = static_cast<std::uint8_t>(string[k / 8] | (code >> bit & 1) << (k % 8));
+        byte(k / 8) = static_cast<std::uint8_t>(byte(k / 8) | (code >> bit & 1) << (k % 8));
       }
     }
     const size_t used = sample.groups * sample.bits % 8;  // bits beyond the last code are to be ignored
-    if (used != 0) string[sample.RowBytes() - 1] |= static_cast<std::uint8_t>(0xFF << used);
+    if (used != 0) byte(sample.RowBytes() - 1) |= static_cast<std::uint8_t>(0xFF << used);
   }
   sample.codebooks.resize(sample.stages * sample.books * sample.words * sample.width);
   for (float& value : sample.codebooks) value = Value(random, special);
@@ -127,7 +143,7 @@ inline Sample RandomSample(unsigned seed, size_t most_rows = 4) {
   sample.bits = PickBits(random);
   sample.stages = Pick(random, 0, 19) == 0 ? Pick(random, 9, 12) : Pick(random, 1, 3);
   sample.width = Pick(random, 1, 20);
-  sample.rows = Pick(random, 1, most_rows);
+  sample.rows = Pick(random, 0, 9) ? Pick(random, 1, most_rows) : kStripRows * Pick(random, 1, 2);
   sample.groups = Pick(random, 0, 2) ? Pick(random, 1, 40) : Pick(random, 60, 200);
   const size_t books[] = {1, sample.groups, Pick(random, 1, sample.groups)};
   sample.books = books[Pick(random, 0, 2)];

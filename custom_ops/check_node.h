@@ -38,7 +38,7 @@ struct Node {
 
   Inputs View() const {
     const auto dims = [](std::initializer_list<size_t> list) { return Dims(list.begin(), list.end()); };
-    return {.codes = {sample.View().codes, Type::kUint8, dims({sample.stages, sample.rows, sample.RowBytes()})},
+    return {.codes = {sample.View().codes, Type::kUint8, sample.CodesShape()},
             .codebooks = {sample.codebooks.data(), Type::kFloat32,
                           dims({sample.stages, sample.books, sample.words, sample.width})},
             .scales = {sample.scales.data(), Type::kFloat32, dims({sample.rows, 1})},
@@ -48,7 +48,7 @@ struct Node {
 
 // A layer with one codebook of as many words as codes of `bits` bits can name.
 inline Node Usual(Random& random, size_t rows, size_t cols, size_t width, const Dims& sizes, const Dims& perm,
-                  size_t bits = 8) {
+                  size_t bits = 8, size_t lanes = 1) {
   Node node;
   node.sample.seed = 1;
   node.sample = {.stages = 1,
@@ -62,6 +62,7 @@ inline Node Usual(Random& random, size_t rows, size_t cols, size_t width, const 
                  .seed = 1,
                  .storage = {},
                  .shift = 0,
+                 .lanes = lanes,
                  .codebooks = {},
                  .scales = {}};
   Fill(node.sample, random, false);

@@ -100,15 +100,15 @@ void Conv::PlanLookup(const std::uint8_t* codes, Precision precision) {
 
 // What the inputs of a band add to its rows of the output, [row][column][padded output]. Returns their largest
 // magnitude.
-float Conv::SumBand(const float* image, size_t image_rows, size_t image_cols, const Grid& grid, const Bands& bands,
-                    size_t band, const Room& room) const {
+float Conv::SumBand(const std::uint8_t* codes, const float* image, size_t image_rows, size_t image_cols,
+                    const Grid& grid, const Bands& bands, size_t band, const Room& room) const {
   const Lookup& lookup = *lookup_;
   const size_t padded = lookup.padded_outputs(), plane = image_rows * image_cols;
   const size_t first_row = bands.OutBegin(band), band_rows = bands.OutEnd(band) - first_row;
   float most = 0.0F;
   std::fill(room.sums, room.sums + band_rows * grid.out_cols * padded, 0.0F);
   for (size_t index = 0; index < lookup.chunks(); ++index) {
-    const Lookup::Chunk chunk = lookup.At(index);
+    const Lookup::Chunk chunk = lookup.At(index, codes);
     const size_t first = chunk.first_block * lookup.width();
     const size_t inputs = std::min(chunk.blocks * lookup.width(), channels_ - first);
     for (size_t y = bands.InBegin(band); y < bands.InEnd(band); ++y) {
@@ -159,7 +159,7 @@ void Conv::AddPosition(const Lookup::Chunk& chunk, const Lookup::Class& tap_clas
     if (!wanted) continue;
     if (!is_built) lookup.Build(chunk, room.rounded + column * lookup.chunk_values(), room.tables);
     is_built = true;
-    lookup.Sum(chunk, tile, room.tables, room.factors[column], its_sums, true);
+    lookup.Sum(chunk, t, room.tables, room.factors[column], its_sums, true);
   }
 }
 
@@ -202,8 +202,8 @@ bool Conv::RunLookup(const Call& call, std::span<const std::int64_t> shape, cons
                        .rounded = scratch.Take<std::int16_t>(values),
                        .factors = scratch.Take<float>(image_cols),
                        .tables = scratch.Take<std::uint8_t>(Lookup::TableBytes())};
-    const float its_most =
-        SumBand(call.x + image * channels_ * image_rows * image_cols, image_rows, image_cols, grid, bands, band, room);
+    const float its_most = SumBand(call.codes, call.x + image * channels_ * image_rows * image_cols, image_rows,
+                                   image_cols, grid, bands, band, room);
     for (float seen = most; seen < its_most && !most.compare_exchange_weak(seen, its_most);) continue;
     const size_t first = bands.OutBegin(band);
     const auto finish = [&](size_t begin, size_t end) {  // rows of the output

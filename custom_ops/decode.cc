@@ -25,7 +25,23 @@ void CheckPerm(std::span<const std::int64_t> perm) {
   }
 }
 
+void CheckCodesShape(const Tensor& codes) {
+  if (codes.dims.size() != 4) return CheckTensor("codes", codes, "[stages, rows, row_bytes]", 3);
+  CheckTensor("codes", codes, "[stages, strips, row_bytes, 64]", 4);
+  if (codes.dims[3] == static_cast<std::int64_t>(kStripRows)) return;
+  throw Invalid("codes are " + Text(codes.dims) + "; a strip has " + Text(kStripRows) + " rows");
+}
+
 }  // namespace
+
+const std::uint8_t* RowOfCodes(const Coded& m, size_t stage, size_t row, std::vector<std::uint8_t>& room) {
+  const size_t lane = row % m.lanes;
+  const std::uint8_t* first = m.codes + (stage * m.rows + row - lane) * m.row_bytes + lane;
+  if (m.lanes == 1) return first;
+  room.resize(m.row_bytes);
+  for (size_t byte = 0; byte < m.row_bytes; ++byte) room[byte] = first[byte * m.lanes];
+  return room.data();
+}
 
 Decode::Decode(const Inputs& inputs, std::span<const std::int64_t> perm, const Kernels& kernels) : kernels_(&kernels) {
   CheckPerm(perm);
@@ -33,7 +49,7 @@ Decode::Decode(const Inputs& inputs, std::span<const std::int64_t> perm, const K
   CheckWords("codebooks", inputs.codebooks);
   CheckFloats("scales", inputs.scales);
   CheckType("layout", inputs.layout, std::array{Type::kInt64}, "int64");
-  CheckTensor("codes", inputs.codes, "[stages, rows, row_bytes]", 3);
+  CheckCodesShape(inputs.codes);
   CheckTensor("codebooks", inputs.codebooks, "[stages, books, words, width]", 4);
   CheckTensor("scales", inputs.scales, "[rows, 1]", 2);
   CheckTensor("layout", inputs.layout, "[2 + n]", 1);
@@ -41,7 +57,8 @@ Decode::Decode(const Inputs& inputs, std::span<const std::int64_t> perm, const K
   // From here on sizes are those of memory that exists, or are compared before they are multiplied.
   Coded& m = matrix_;
   m.stages = static_cast<size_t>(inputs.codes.dims[0]);
-  m.rows = static_cast<size_t>(inputs.codes.dims[1]);
+  m.lanes = inputs.codes.dims.size() == 4 ? kStripRows : 1;
+  m.rows = static_cast<size_t>(inputs.codes.dims[1]) * m.lanes;
   m.row_bytes = static_cast<size_t>(inputs.codes.dims[2]);
   m.books = static_cast<size_t>(inputs.codebooks.dims[1]);
   m.words = static_cast<size_t>(inputs.codebooks.dims[2]);
@@ -49,7 +66,7 @@ Decode::Decode(const Inputs& inputs, std::span<const std::int64_t> perm, const K
   const auto stages = static_cast<size_t>(inputs.codebooks.dims[0]);
   if (stages != m.stages) throw Invalid("codes have " + Text(m.stages) + " stages, codebooks " + Text(stages));
   const std::vector<std::int64_t>& scales = inputs.scales.dims;
-  if (scales[1] != 1 || (scales[0] != 1 && scales[0] != inputs.codes.dims[1])) {
+  if (scales[1] != 1 || (scales[0] != 1 && scales[0] != static_cast<std::int64_t>(m.rows))) {
     throw Invalid("scales are " + Text(scales) + "; they must be [" + Text(m.rows) + ", 1] or [1, 1]");
   }
 
@@ -113,11 +130,13 @@ void Decode::CheckCodes(const Coded& m, void (*unpack)(const std::uint8_t*, size
   constexpr size_t kChunk = 512;
   std::array<Code, kChunk> codes;
   const size_t groups = (cols_ - 1) / m.width + 1;
+  std::vector<std::uint8_t> room;
   for (size_t line = 0; line < m.stages * m.rows; ++line) {
+    const std::uint8_t* row = RowOfCodes(m, line / m.rows, line % m.rows, room);
     for (size_t group = 0; group < groups; group += kChunk) {
       const size_t byte = group * m.bits / 8;
       const size_t count = std::min(kChunk, groups - group);
-      unpack(m.codes + line * m.row_bytes + byte, m.row_bytes - byte, m.bits, count, codes.data());
+      unpack(row + byte, m.row_bytes - byte, m.bits, count, codes.data());
       const auto end = codes.begin() + static_cast<std::ptrdiff_t>(count);
       const auto bad = std::find_if(codes.begin(), end, [&](Code code) { return code >= m.words; });
       if (bad == end) continue;

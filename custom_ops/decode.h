@@ -17,6 +17,10 @@ struct Inputs {
   Tensor codes, codebooks, scales, layout;
 };
 
+// The bytes of a row: where they are, or, out of a strip, brought together in `room`.
+const std::uint8_t* RowOfCodes(const Coded& matrix, std::size_t stage, std::size_t row,
+                               std::vector<std::uint8_t>& room);
+
 // Inputs that have been checked, and the plan of the work. Immutable, so any number of threads may run tasks of it.
 // Holds no pointer to the inputs: only sizes, and the codebooks in float32.
 class Decode {

@@ -14,8 +14,11 @@ void CheckUnpack(const Kernels& kernels, const Sample& sample,
                  void (*unpack)(const std::uint8_t*, size_t, size_t, size_t, Code*)) {
   std::vector<Code> codes((sample.groups + 7) / 8 * 8, 0xEE);
   for (size_t line = 0; line < sample.stages * sample.rows; ++line) {
-    const std::uint8_t* packed = sample.View().codes + line * sample.RowBytes();
-    unpack(packed, sample.RowBytes(), sample.bits, sample.groups, codes.data());
+    std::vector<std::uint8_t> packed;
+    for (size_t byte = 0; byte < sample.RowBytes(); ++byte) {
+      packed.push_back(sample.storage[sample.PlaceOf(line / sample.rows, line % sample.rows, byte)]);
+    }
+    unpack(packed.data(), sample.RowBytes(), sample.bits, sample.groups, codes.data());
     for (size_t group = 0; group < sample.groups; ++group) {
       if (codes[group] != sample.CodeAt(line / sample.rows, line % sample.rows, group)) {
         return Fail(kernels, sample,
@@ -96,10 +99,13 @@ void CheckPlan(const Kernels& kernels, unsigned seed) {
   std::vector<std::int64_t> sizes;
   for (size_t n = Pick(random, 1, 5); n > 0; --n)
     sizes.push_back(static_cast<std::int64_t>(Pick(random, 1, n < 3 ? 40 : 5)));
+  const bool strips = Pick(random, 0, 4) == 0;
+  if (strips) sizes.insert(sizes.begin(), 64);
   const size_t count = std::accumulate(sizes.begin(), sizes.end(), size_t{1},
                                        [](size_t a, std::int64_t b) { return a * static_cast<size_t>(b); });
   sample.rows = 1;
-  for (size_t i = 0, n = Pick(random, 0, sizes.size()); i < n; ++i) sample.rows *= static_cast<size_t>(sizes[i]);
+  for (size_t i = 0, n = Pick(random, strips ? 1 : 0, sizes.size()); i < n; ++i)
+    sample.rows *= static_cast<size_t>(sizes[i]);
   if (Pick(random, 0, 3) == 0) std::shuffle(sizes.begin(), sizes.end(), random);
   sample.cols = count / sample.rows;
   sample.groups = (sample.cols + sample.width - 1) / sample.width;
@@ -126,7 +132,7 @@ void CheckPlan(const Kernels& kernels, unsigned seed) {
     return std::vector<std::int64_t>(list.begin(), list.end());
   };
   const Inputs inputs = {
-      .codes = {sample.View().codes, Type::kUint8, dims({sample.stages, sample.rows, sample.RowBytes()})},
+      .codes = {sample.View().codes, Type::kUint8, sample.CodesShape()},
       .codebooks = {words, whole.empty() ? Type::kFloat32 : Type::kInt8,
                     dims({sample.stages, sample.books, sample.words, sample.width})},
       .scales = {sample.scales.data(), Type::kFloat32, dims({Pick(random, 0, 1) ? 1 : sample.rows, 1})},
@@ -175,6 +181,7 @@ void Bench(const std::vector<const Kernels*>& tables) {
                      .seed = 1,
                      .storage = {},
                      .shift = 0,
+                     .lanes = 1,
                      .codebooks = {},
                      .scales = {}};
     Random random(sample.seed);

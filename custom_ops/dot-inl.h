@@ -10,6 +10,8 @@ namespace {
 // for one not to wait for the other.
 constexpr std::size_t DotHeight(std::size_t batch) { return batch == 1 ? 8 : batch == 2 ? 4 : kTileCount / 3; }
 
+constexpr std::size_t kStripsEarly = 16;  // blocks before they are read that codes of a strip are fetched
+
 template <class F>
 float SumOfLanes(decltype(F::Set(0.0F)) a) {
   float lanes[F::kLanes];
@@ -42,6 +44,28 @@ VQONNX_INLINE void DotBlocks(const Coded& m, const float* book, const std::uint8
           for (std::size_t b = 0; b < kBatch; ++b) {
             sums[i][b] = F::MulAdd(word, F::Load(at + b * x_stride + v * F::kLanes), sums[i][b]);
           }
+        }
+      }
+    }
+  }
+}
+
+// The same for rows of a strip: the codes of a block are beside each other, and `step` from those of the next one.
+template <class F, std::size_t kVectors, std::size_t kRows, std::size_t kBatch>
+VQONNX_INLINE void DotStrip(const Coded& m, const float* book, const std::uint8_t* codes, std::size_t step,
+                            std::size_t blocks, const float* x, std::size_t x_stride,
+                            decltype(F::Set(0.0F)) (&sums)[kRows][kBatch]) {
+  const std::size_t vectors = kVectors ? kVectors : m.width / F::kLanes;
+  const std::size_t width = vectors * F::kLanes;
+  for (std::size_t block = 0; block < blocks; ++block, codes += step, x += width) {
+    VQONNX_FETCH(codes + kStripsEarly * kStripRows);
+    for (std::size_t v = 0; v < vectors; ++v) {
+      VQONNX_UNROLL
+      for (std::size_t i = 0; i < kRows; ++i) {
+        const auto word = F::Load(book + codes[i] * width + v * F::kLanes);
+        VQONNX_UNROLL
+        for (std::size_t b = 0; b < kBatch; ++b) {
+          sums[i][b] = F::MulAdd(word, F::Load(x + b * x_stride + v * F::kLanes), sums[i][b]);
         }
       }
     }
@@ -92,7 +116,7 @@ void DotRows(const Dot& d, std::size_t row) {
   const std::size_t blocks = d.cols / m.width / 8 * 8;
   for (std::size_t stage = 0; stage < m.stages; ++stage) {
     const float* book = m.codebooks + stage * m.words * m.width;
-    const std::uint8_t* codes = m.codes + (stage * m.rows + row) * m.row_bytes;
+    const std::uint8_t* codes = RowByte(m, stage, row, 0);
     if (m.bits == 8) {
       DotBlocks<F, kVectors, kRows, kBatch>(m, book, codes, m.row_bytes, blocks, d.x, d.x_stride, sums);
       continue;
@@ -114,15 +138,68 @@ void DotRows(const Dot& d, std::size_t row) {
   }
 }
 
+// Rows of one strip, a multiple of kRows. Lines of codes have those of all of them, and are used while they are near.
+template <class F, std::size_t kVectors, std::size_t kRows, std::size_t kBatch>
+void DotInStrip(const Dot& d, std::size_t row, std::size_t rows) {
+  constexpr std::size_t kPiece = 128, kFloats = kBatch * F::kLanes;  // blocks; of a row
+  const Coded& m = d.matrix;
+  alignas(64) float room[kStripRows * kFloats];
+  alignas(64) std::uint8_t unpacked[kPiece * kStripRows];
+  for (float& value : room) value = 0.0F;
+  const std::size_t blocks = d.cols / m.width / 8 * 8;
+  for (std::size_t stage = 0; stage < m.stages; ++stage) {
+    const float* book = m.codebooks + stage * m.words * m.width;
+    for (std::size_t done = 0; done < blocks; done += kPiece) {
+      const std::size_t now = blocks - done < kPiece ? blocks - done : kPiece;
+      const bool as_stored = m.bits == 8;
+      if (!as_stored) UnpackStrip(m, stage, row, rows, done, now, unpacked);
+      const std::uint8_t* codes = as_stored ? RowByte(m, stage, row, done) : unpacked;
+      const std::size_t step = as_stored ? kStripRows : rows;
+      for (std::size_t r = 0; r < rows; r += kRows) {
+        decltype(F::Set(0.0F)) sums[kRows][kBatch];
+        const auto place = [&](std::size_t i, std::size_t b) { return room + (r + i) * kFloats + b * F::kLanes; };
+        VQONNX_UNROLL
+        for (std::size_t i = 0; i < kRows; ++i) {
+          VQONNX_UNROLL
+          for (std::size_t b = 0; b < kBatch; ++b) sums[i][b] = F::Load(place(i, b));
+        }
+        DotStrip<F, kVectors, kRows, kBatch>(m, book, codes + r, step, now, d.x + done * m.width, d.x_stride, sums);
+        VQONNX_UNROLL
+        for (std::size_t i = 0; i < kRows; ++i) {
+          VQONNX_UNROLL
+          for (std::size_t b = 0; b < kBatch; ++b) F::Store(place(i, b), sums[i][b]);
+        }
+      }
+    }
+  }
+  for (std::size_t i = 0; i < rows; ++i) {
+    for (std::size_t b = 0; b < kBatch; ++b) {
+      d.out[b * d.out_stride + row + i - d.row] = SumOfLanes<F>(F::Load(room + i * kFloats + b * F::kLanes));
+    }
+    if (blocks * m.width < d.cols && blocks > 0) DotDecoded(d, row + i, blocks * m.width);
+  }
+}
+
 template <class F, std::size_t kVectors, std::size_t kBatch>
 void DotBatch(const Dot& d) {
   if constexpr (kBatch > 1) {
     if (d.batch < kBatch) return DotBatch<F, kVectors, kBatch - 1>(d);
   }
   constexpr std::size_t kRows = DotHeight(kBatch);
+  const std::size_t end = d.row + d.rows;
   std::size_t row = d.row;
-  for (; row + kRows <= d.row + d.rows; row += kRows) DotRows<F, kVectors, kRows, kBatch>(d, row);
-  for (; row < d.row + d.rows; ++row) DotRows<F, kVectors, 1, kBatch>(d, row);
+  if (d.matrix.lanes > 1) {
+    while (row < end) {
+      const std::size_t in_strip = kStripRows - row % kStripRows, left = end - row < in_strip ? end - row : in_strip;
+      const std::size_t rows = left / kRows * kRows;
+      if (rows > 0) DotInStrip<F, kVectors, kRows, kBatch>(d, row, rows);
+      if (rows < left) DotInStrip<F, kVectors, 1, kBatch>(d, row + rows, left - rows);
+      row += left;
+    }
+    return;
+  }
+  for (; row + kRows <= end; row += kRows) DotRows<F, kVectors, kRows, kBatch>(d, row);
+  for (; row < end; ++row) DotRows<F, kVectors, 1, kBatch>(d, row);
 }
 
 template <class F>

@@ -60,6 +60,7 @@ Sample WithFewWords(unsigned seed) {
   sample.stages = Pick(random, 1, 3);
   sample.width = Pick(random, 1, 12);
   sample.rows = Pick(random, 0, 7) == 0 ? Pick(random, 500, 700) : Pick(random, 60, 260);
+  if (Pick(random, 0, 2) == 0) sample.rows = (sample.rows - 1) / kStripRows * kStripRows + kStripRows;
   sample.groups = Pick(random, 0, 2) ? Pick(random, 1, 40) : Pick(random, 60, 600);
   sample.books = 1;
   sample.words = Pick(random, 1, std::min<size_t>(size_t{1} << sample.bits, 16));

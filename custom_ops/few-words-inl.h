@@ -6,7 +6,8 @@
 //
 //   ProductTable  kWords floats; Look(codes) looks up Wide::kLanes codes at once, one in the lowest four bits of each
 //                 32-bit lane, whatever the other bits are. FromFloats(v) makes such lanes of the bits of floats,
-//                 Next<kBits>(codes) shifts them right. Where kWords is 0 there is nothing of it.
+//                 Next<kBits>(codes) shifts them right; FourBytes(p, step) are floats with the bits of the bytes p[i],
+//                 p[step + i], p[2 * step + i] and p[3 * step + i]. Where kWords is 0 there is nothing of it.
 //
 // No include guard and no standard library on purpose: see docs/kernels.md.
 
@@ -29,28 +30,46 @@ VQONNX_INLINE void TurnWindows(const std::uint8_t* codes, std::size_t stride, fl
   }
 }
 
+// The same for rows of a strip.
+template <class Table>
+VQONNX_INLINE void TurnStrip(const std::uint8_t* codes, float* windows) {
+  for (std::size_t window = 0; window < kWindows; ++window, codes += 4 * kStripRows) {
+    Wide::Store(windows + window * Wide::kLanes, Table::FourBytes(codes, kStripRows));
+  }
+}
+
 // Codes of some blocks, from `block` on, of `rows` rows from `row` on, as windows [rows / kLanes][kWindows][kLanes]. A
 // code takes `step` bits of a window: as it is stored, or a byte. Blocks and rows that are not there have any code.
+template <class Table>
 void TurnCodes(const Coded& m, std::size_t stage, std::size_t row, std::size_t rows, std::size_t block,
                std::size_t step, float* windows) {
   constexpr std::size_t kBytes = kWindows * 4, kGroup = kLookRows * Wide::kLanes;
   const std::size_t byte = block * m.bits / 8, left = m.row_bytes - byte;
-  const std::uint8_t* codes = m.codes + (stage * m.rows + row) * m.row_bytes + byte;
   const bool as_stored = m.bits == step;
   for (std::size_t r = 0; r < (rows + kGroup - 1) / kGroup * kGroup; r += Wide::kLanes) {
     if (as_stored && left >= kBytes && r + Wide::kLanes <= rows) {
-      for (std::size_t i = 0; i < Wide::kLanes; ++i) VQONNX_FETCH(codes + (r + i) * m.row_bytes + kEarly * kBytes);
-      TurnWindows(codes + r * m.row_bytes, m.row_bytes, windows + r * kWindows);
-      continue;
+      const std::uint8_t* codes = RowByte(m, stage, row + r, byte);
+      if (m.lanes == 1) {
+        for (std::size_t i = 0; i < Wide::kLanes; ++i) VQONNX_FETCH(codes + i * m.row_bytes + kEarly * kBytes);
+        TurnWindows(codes, m.row_bytes, windows + r * kWindows);
+        continue;
+      }
+      if (((row + r) & (kStripRows - 1)) + Wide::kLanes <= kStripRows) {
+        TurnStrip<Table>(codes, windows + r * kWindows);
+        continue;
+      }
     }
     alignas(64) std::uint8_t room[Wide::kLanes * kBytes] = {};
     for (std::size_t i = 0; i < Wide::kLanes && r + i < rows; ++i) {
-      const std::uint8_t* its = codes + (r + i) * m.row_bytes;
+      const std::uint8_t* its = RowByte(m, stage, row + r + i, byte);
       if (as_stored) {
-        for (std::size_t j = 0; j < left && j < kBytes; ++j) room[i * kBytes + j] = its[j];
+        for (std::size_t j = 0; j < left && j < kBytes; ++j) room[i * kBytes + j] = its[j * m.lanes];
       } else {
-        const std::size_t count = left * 8 / m.bits;
-        Unpack(its, left, m.bits, count < kBytes ? count : kBytes, room + i * kBytes);
+        const std::size_t count = left * 8 / m.bits < kBytes ? left * 8 / m.bits : kBytes;
+        std::uint8_t gathered[kBytes];
+        std::size_t bytes;
+        const std::uint8_t* packed = PackedCodes(m, stage, row + r + i, block, count, gathered, bytes);
+        Unpack(packed, bytes, m.bits, count, room + i * kBytes);
       }
     }
     TurnWindows(room, kBytes, windows + r * kWindows);
@@ -143,7 +162,7 @@ void DotTables(const Dot& d) {
       for (std::size_t block = 0; block < all_blocks; block += kBlocks) {
         const std::size_t blocks = all_blocks - block < kBlocks ? all_blocks - block : kBlocks;
         const std::size_t count = (blocks + kCodes - 1) / kCodes, col = block * m.width;
-        TurnCodes(m, stage, d.row + first, rows, block, kStep, windows);
+        TurnCodes<Table>(m, stage, d.row + first, rows, block, kStep, windows);
         for (std::size_t b = 0; b < d.batch; ++b) {
           BuildProducts<Table>(words, m.width, d.x + b * d.x_stride + col, d.cols - col, count * kCodes, tables);
           SumProducts<Table, kStep>(windows, count, tables, rows, sums[b]);

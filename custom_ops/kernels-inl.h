@@ -60,6 +60,30 @@ inline const std::uint16_t* ReadCodes(const std::uint8_t* packed, std::size_t by
   return room;
 }
 
+// Codes of `rows` neighbouring rows of a strip, `count` of each from block `group` on: out[code][rows].
+template <class Code>
+void UnpackStrip(const Coded& m, std::size_t stage, std::size_t row, std::size_t rows, std::size_t group,
+                 std::size_t count, Code* out) {
+  const std::uint32_t mask = (1U << m.bits) - 1;
+  for (std::size_t i = 0; i < count; ++i, out += rows) {
+    const std::size_t start = (group + i) * m.bits, shift = start % 8, end = shift + m.bits;
+    const std::uint8_t* line = RowByte(m, stage, row, start / 8);
+    std::size_t r = 0;
+    if (end <= 8) {  // eight rows at once
+      for (; r + 8 <= rows; r += 8) {
+        const std::uint64_t eight = LoadEight(line + r) >> shift & 0x0101010101010101U * mask;
+        for (std::size_t j = 0; j < 8; ++j) out[r + j] = static_cast<Code>(eight >> (8 * j) & 255);
+      }
+    }
+    const std::uint8_t* second = line + (end > 8 ? kStripRows : 0);
+    const std::uint8_t* third = second + (end > 16 ? kStripRows : 0);
+    for (; r < rows; ++r) {
+      const std::uint32_t window = line[r] | std::uint32_t{second[r]} << 8 | std::uint32_t{third[r]} << 16;
+      out[r] = static_cast<Code>(window >> shift & mask);
+    }
+  }
+}
+
 // Some blocks of one row, their codes unpacked: to bytes, or to pairs of bytes where they have more than 8 bits.
 template <class Code>
 struct Span {
@@ -163,7 +187,14 @@ void DecodeManyStages(const Coded& m, std::size_t row, std::size_t group, std::s
     const float* word = m.codebooks + block % m.books * m.words * m.width + col % m.width;
     float sum = 0;
     for (std::size_t s = 0; s < m.stages; ++s) {
-      const std::uint64_t window = LoadBits(m.codes + (s * m.rows + row) * m.row_bytes + byte, m.row_bytes - byte);
+      const std::uint8_t* at = RowByte(m, s, row, byte);
+      std::uint64_t window = 0;
+      if (m.lanes == 1) {
+        window = LoadBits(at, m.row_bytes - byte);
+      } else {
+        for (std::size_t i = 0; i < 3 && byte + i < m.row_bytes; ++i)
+          window |= std::uint64_t{at[i * m.lanes]} << (8 * i);
+      }
       const float value = word[(window >> (block * m.bits % 8) & mask) * m.width];
       sum = s == 0 ? value : sum + value;
       word += m.books * m.words * m.width;
@@ -186,6 +217,7 @@ void DecodeWords(const Coded& m, const Span<Code>& span) {
 template <class Code>
 void DecodeCodes(const Coded& m, std::size_t row, std::size_t group, std::size_t cols, float scale, float* out) {
   alignas(64) Code unpacked[kMaxStages][kChunk];
+  std::uint8_t gathered[kMaxStages][kChunk * sizeof(Code)];
   Span<Code> span = {};
   span.scale = scale;
   for (std::size_t left = (cols - 1) / m.width + 1; left > 0; left -= span.blocks, group += span.blocks) {
@@ -194,10 +226,10 @@ void DecodeCodes(const Coded& m, std::size_t row, std::size_t group, std::size_t
     span.room = cols;
     span.book = group % m.books;
     span.out = out;
-    const std::size_t byte = group * m.bits / 8;
     for (std::size_t s = 0; s < m.stages; ++s) {
-      const std::uint8_t* packed = m.codes + (s * m.rows + row) * m.row_bytes + byte;
-      span.codes[s] = ReadCodes(packed, m.row_bytes - byte, m.bits, span.blocks, unpacked[s]);
+      std::size_t bytes;
+      const std::uint8_t* packed = PackedCodes(m, s, row, group, span.blocks, gathered[s], bytes);
+      span.codes[s] = ReadCodes(packed, bytes, m.bits, span.blocks, unpacked[s]);
     }
     DecodeWords(m, span);
     out += span.cols;

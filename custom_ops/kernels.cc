@@ -87,6 +87,7 @@ void CheckedDecodeRow(const Coded& m, std::size_t row, std::size_t group, std::s
   assert(row < m.rows && cols >= 1 && group % kOctet == 0);
   assert(m.stages >= 1 && m.books >= 1 && m.words >= 1 && m.width >= 1);
   assert(1 <= m.bits && m.bits <= kMaxBits && m.words <= std::size_t{1} << m.bits);
+  assert(m.lanes == 1 || (m.lanes == kStripRows && m.rows % kStripRows == 0));
   assert(((group + (cols - 1) / m.width + 1) * m.bits + 7) / 8 <= m.row_bytes);
   DecodeRow(m, row, group, cols, scale, out);
 }

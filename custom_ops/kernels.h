@@ -31,12 +31,16 @@ constexpr std::size_t kOctet = 8;
 // The longest code.
 constexpr std::size_t kMaxBits = 16;
 
+// Rows of a strip.
+constexpr std::size_t kStripRows = 64;
+
 // A coded matrix; the words are those of docs/format.md. Sizes and codes have been checked by whoever made the view.
 struct Coded {
-  const std::uint8_t* codes;  // [stages, rows, row_bytes]
+  const std::uint8_t* codes;  // [stages, rows, row_bytes], or in strips [stages, rows / lanes, row_bytes, lanes]
   const float* codebooks;     // [stages, books, words, width], then kPad floats of anything
   std::size_t stages, rows, row_bytes, bits;
   std::size_t books, words, width;
+  std::size_t lanes;  // how far the bytes of a row are apart: 1, or kStripRows in strips
 };
 
 // What becomes of a value at last: not below `low` and not above `high`; or, with `silu`, value * sigmoid(value), and
@@ -108,7 +112,7 @@ struct Depthwise {
 constexpr std::size_t kTableWords = 256;
 constexpr std::size_t kTableBytes = 2 * kTableWords;
 constexpr std::size_t kTableBlocks = 64;  // most blocks whose tables are summed at once: 32 KB of tables
-constexpr std::size_t kSetRows = 64;
+constexpr std::size_t kSetRows = kStripRows;
 constexpr std::size_t kMostSets = 4;  // that are summed at once
 
 // Where among the 64 codes of a set the code of row `row` stands: lookups yield bytes, and this order brings the bytes
@@ -126,6 +130,9 @@ struct BuildTables {
 
 struct SumTables {
   const std::uint8_t* codes;  // [blocks][sets][kSetRows]
+  // If not null, instead: for each set [blocks][kSetRows] in the order of rows, and what will be wanted next.
+  const std::uint8_t* const* strips;
+  const std::uint8_t* const* next;
   const std::uint8_t* tables;
   std::size_t blocks;  // at most kTableBlocks
   std::size_t sets;    // 1 to kMostSets

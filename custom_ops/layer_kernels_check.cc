@@ -341,8 +341,27 @@ void CheckTables(const Kernels& kernels, unsigned seed) {
   }
   std::copy(before.begin(), before.end(), sums.data());
   std::copy(before.begin(), before.end(), expected_sums.data());
-  SumTables sum = {codes.data(), tables.data(), blocks, sets, 0.125F, expected_places, add};
+  SumTables sum = {.codes = codes.data(),
+                   .strips = nullptr,
+                   .next = nullptr,
+                   .tables = tables.data(),
+                   .blocks = blocks,
+                   .sets = sets,
+                   .factor = 0.125F,
+                   .sums = expected_places,
+                   .add = add};
+  // The same codes in strips, which are not aligned and come in another order.
+  std::vector<std::uint8_t> stored(codes.size() + 5);
+  const std::uint8_t* strips[kMostSets];
+  for (size_t set = 0; set < sets; ++set) {
+    std::uint8_t* strip = stored.data() + 5 + (sets - 1 - set) * blocks * kSetRows;
+    strips[set] = strip;
+    for (size_t i = 0; i < blocks * kSetRows; ++i) {
+      strip[i] = codes[(i / kSetRows * sets + set) * kSetRows + SetPlace(i % kSetRows)];
+    }
+  }
   kPortable.sum_tables(sum);
+  if (Pick(random, 0, 1) != 0) sum.strips = sum.next = strips;
   sum.sums = places;
   kernels.sum_tables(sum);
   if (!sums.Intact()) return Fail(kernels, Named(seed), "sum_tables writes beside its sums");

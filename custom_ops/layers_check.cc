@@ -54,7 +54,7 @@ void CheckMatrix(const Kernels& kernels, unsigned seed) {
   node.sample.seed = seed;
   const size_t rows = Pick(random, 0, 3) ? Pick(random, 1, 6) : Pick(random, 7, 20);
   const size_t inputs = Pick(random, 0, 3) ? Pick(random, 1, 90) : Pick(random, 500, 800);
-  const size_t outputs = Pick(random, 1, 80);
+  const size_t outputs = Pick(random, 0, 3) ? Pick(random, 1, 80) : kStripRows * Pick(random, 1, 3);
   const bool by_output = Pick(random, 0, 4) != 0, transposed = Pick(random, 0, 1) != 0;
   Form(node, random, by_output ? outputs : inputs, by_output ? inputs : outputs, Pick(random, 1, 20));
   node.layout.insert(node.layout.end(),
@@ -106,7 +106,8 @@ void CheckConv(const Kernels& kernels, unsigned seed) {
   Node node;
   node.sample.seed = seed;
   const size_t groups = Pick(random, 0, 2) ? 1 : Pick(random, 2, 4);
-  const size_t outputs = groups * (Pick(random, 0, 5) ? Pick(random, 1, 12) : Pick(random, 30, 70));
+  const size_t few = Pick(random, 0, 5) ? Pick(random, 1, 12) : Pick(random, 30, 70);
+  const size_t outputs = groups * (Pick(random, 0, 5) ? few : groups == 1 ? kStripRows * Pick(random, 1, 2) : 32);
   const size_t width = Pick(random, 1, 10);
   const size_t channels = Pick(random, 0, 1) ? width * Pick(random, 1, 2) : Pick(random, 1, 8);  // of a group
   size_t kernel[2], image[2], out_size[2];

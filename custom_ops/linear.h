@@ -92,8 +92,8 @@ class Conv {
   void RunExact(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
   // False: the inputs do not suit lookups, and the output is still to be computed.
   bool RunLookup(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
-  float SumBand(const float* image, std::size_t image_rows, std::size_t image_cols, const Grid& grid,
-                const Bands& bands, std::size_t band, const Room& room) const;
+  float SumBand(const std::uint8_t* codes, const float* image, std::size_t image_rows, std::size_t image_cols,
+                const Grid& grid, const Bands& bands, std::size_t band, const Room& room) const;
   void AddPosition(const Lookup::Chunk& chunk, const Lookup::Class& tap_class, std::size_t column, const Grid& grid,
                    std::size_t out_row, std::size_t out_col, std::size_t band_rows, const Room& room) const;
 

@@ -110,7 +110,9 @@ Lookup::Lookup(const Weight& weight, const Form& form, const std::uint8_t* codes
     classes_.push_back({first_tile, tiles});
   }
   PackCodebooks(form.coded);
-  PackCodes(form.coded, codes, Ceil(weight.depth(), width_));
+  Coded stored = form.coded;
+  stored.codes = codes;
+  PackCodes(stored, Ceil(weight.depth(), width_));
 }
 
 void Lookup::PackCodebooks(const Coded& m) {
@@ -141,11 +143,14 @@ void Lookup::PackCodebooks(const Coded& m) {
   }
 }
 
-void Lookup::PackCodes(const Coded& m, const std::uint8_t* codes, size_t groups) {
+// Also counts how often words are used.
+void Lookup::PackCodes(const Coded& m, size_t groups) {
   const size_t taps = sets_.size() / Ceil(outputs_, kSetRows);
-  codes_.assign(stages_ * tap_blocks_ * sets_.size() * kSetRows + kFetchedEarly, 0);
+  if (m.lanes == kStripRows && m.bits == kOctet) strip_bytes_ = m.row_bytes * kStripRows;
+  const bool copies = strip_bytes_ == 0;
+  if (copies) codes_.assign(stages_ * tap_blocks_ * sets_.size() * kSetRows + kFetchedEarly, 0);
   const size_t row_room = Ceil(groups, kOctet) * kOctet;
-  std::vector<std::uint8_t> rows(kSetRows * row_room);
+  std::vector<std::uint8_t> rows(kSetRows * row_room), room;
   std::vector<size_t> set_place(taps);                        // the number of a tap's set for the outputs at hand
   std::vector<std::array<size_t, 2>> set_tile(sets_.size());  // where its tile starts, and how many sets that has
   for (const Tile& tile : tiles_) {
@@ -158,19 +163,24 @@ void Lookup::PackCodes(const Coded& m, const std::uint8_t* codes, size_t groups)
       if (sets_[set].output == output) set_place[sets_[set].tap] = set;
     }
     for (size_t stage = 0; stage < stages_; ++stage) {
-      for (size_t i = 0; i < count; ++i) {
-        kernels_->unpack(codes + (stage * m.rows + output + i) * m.row_bytes, m.row_bytes, m.bits, groups,
+      for (size_t i = 0; copies && i < count; ++i) {
+        kernels_->unpack(RowOfCodes(m, stage, output + i, room), m.row_bytes, m.bits, groups,
                          rows.data() + i * row_room);
       }
       for (size_t group = 0; group < groups; ++group) {
         const size_t tap = group / tap_blocks_, block = group % tap_blocks_;
+        double* its_uses = uses.data() + (stage * books_ + block % books_) * kTableWords;
+        if (!copies) {
+          const std::uint8_t* line = Strip(m.codes, stage, set_place[tap], block);
+          for (size_t i = 0; i < count; ++i) its_uses[line[i]] += 1.0;
+          continue;
+        }
         const size_t chunk = block / chunk_blocks_, first = chunk * chunk_blocks_;
         const size_t blocks = std::min(chunk_blocks_, tap_blocks_ - first);
         const auto [tile_set, tile_sets] = set_tile[set_place[tap]];
         const size_t in_chunk =
             stages_ * blocks * tile_set + (stage * blocks + block - first) * tile_sets + (set_place[tap] - tile_set);
         std::uint8_t* to = codes_.data() + (stages_ * first * sets_.size() + in_chunk) * kSetRows;
-        double* its_uses = uses.data() + (stage * books_ + block % books_) * kTableWords;
         for (size_t i = 0; i < count; ++i) {
           const std::uint8_t code = rows[i * row_room + group];
           to[SetPlace(i)] = code;
@@ -197,10 +207,10 @@ void Lookup::PackCodes(const Coded& m, const std::uint8_t* codes, size_t groups)
   error_ = usual > 0.0 ? 0.35 * 2.0 * longest_word_ / usual / kMostInt16 : 1.0;
 }
 
-Lookup::Chunk Lookup::At(size_t chunk) const {
+Lookup::Chunk Lookup::At(size_t chunk, const std::uint8_t* stored) const {
   const size_t first = chunk * chunk_blocks_;
   return {first, std::min(chunk_blocks_, tap_blocks_ - first),
-          codes_.data() + stages_ * first * sets_.size() * kSetRows};
+          strip_bytes_ > 0 ? stored : codes_.data() + stages_ * first * sets_.size() * kSetRows};
 }
 
 Lookup::Rounded Lookup::Round(const Chunk& chunk, const float* x, size_t inputs, std::int16_t* rounded) const {
@@ -234,15 +244,47 @@ void Lookup::Build(const Chunk& chunk, const std::int16_t* rounded, std::uint8_t
   }
 }
 
-void Lookup::Sum(const Chunk& chunk, const Tile& tile, const std::uint8_t* tables, float factor, float* const* sums,
+void Lookup::Sum(const Chunk& chunk, size_t tile, const std::uint8_t* tables, float factor, float* const* sums,
                  bool add) const {
-  kernels_->sum_tables({.codes = chunk.codes + stages_ * chunk.blocks * tile.first_set * kSetRows,
+  if (strip_bytes_ > 0) return SumStrips(chunk, tile, tables, factor, sums, add);
+  kernels_->sum_tables({.codes = chunk.codes + stages_ * chunk.blocks * tiles_[tile].first_set * kSetRows,
+                        .strips = nullptr,
+                        .next = nullptr,
                         .tables = tables,
                         .blocks = stages_ * chunk.blocks,
-                        .sets = tile.sets,
+                        .sets = tiles_[tile].sets,
                         .factor = factor,
                         .sums = sums,
                         .add = add});
+}
+
+const std::uint8_t* Lookup::Strip(const std::uint8_t* stored, size_t stage, size_t set, size_t block) const {
+  const size_t strip = stage * (outputs_ / kStripRows) + sets_[set].output / kStripRows;
+  return stored + strip * strip_bytes_ + (sets_[set].tap * tap_blocks_ + block) * kStripRows;
+}
+
+void Lookup::SumStrips(const Chunk& chunk, size_t tile, const std::uint8_t* tables, float factor, float* const* sums,
+                       bool add) const {
+  const Tile& its = tiles_[tile];
+  // What comes next: the same inputs of the next tile, or the next inputs.
+  const size_t next_tile = (tile + 1) % tiles_.size(), beyond = chunk.first_block + chunk.blocks;
+  const size_t next_block = next_tile > 0 ? chunk.first_block : beyond < tap_blocks_ ? beyond : 0;
+  for (size_t stage = 0; stage < stages_; ++stage) {
+    const std::uint8_t *strips[kMostSets], *next[kMostSets];
+    for (size_t i = 0; i < its.sets; ++i) {
+      strips[i] = Strip(chunk.codes, stage, its.first_set + i, chunk.first_block);
+      next[i] = Strip(chunk.codes, stage, (tiles_[next_tile].first_set + i) % sets_.size(), next_block);
+    }
+    kernels_->sum_tables({.codes = nullptr,
+                          .strips = strips,
+                          .next = next,
+                          .tables = tables + stage * chunk.blocks * kTableBytes,
+                          .blocks = chunk.blocks,
+                          .sets = its.sets,
+                          .factor = factor,
+                          .sums = sums,
+                          .add = add || stage > 0});
+  }
 }
 
 bool Lookup::Suits(float most) { return most == 0.0F || (most > kTiny && most < kHuge); }

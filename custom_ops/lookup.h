@@ -21,10 +21,10 @@ namespace vqonnx {
 // A column of the weight is a tap and an input, inputs running fastest; all taps of an input share its tables. Sets of
 // kSetRows outputs of one tap are looked up together, and tiles of up to kMostSets sets; the sets of a tap class are
 // consecutive: those are taps that the same inputs may need. Inputs come in chunks of up to kTableBlocks tables. Codes:
-// [chunk][tile][stage][block][set of the tile][kSetRows].
+// [chunk][tile][stage][block][set of the tile][kSetRows]. Strips whose bytes are codes are read where they are stored.
 class Lookup {
  public:
-  // `tap_class` is the class of each tap, counted from 0. The codes are read now and not kept.
+  // `tap_class` is the class of each tap, counted from 0. The codes are read now; what is kept of them is a copy.
   Lookup(const Weight& weight, const std::uint8_t* codes, const std::vector<std::size_t>& tap_class,
          const Kernels& kernels);
 
@@ -37,10 +37,10 @@ class Lookup {
 
   struct Chunk {
     std::size_t first_block, blocks;  // of inputs; each has `stages` tables
-    const std::uint8_t* codes;
+    const std::uint8_t* codes;        // its own, or all those stored
   };
   std::size_t chunks() const { return (tap_blocks_ - 1) / chunk_blocks_ + 1; }
-  Chunk At(std::size_t chunk) const;
+  Chunk At(std::size_t chunk, const std::uint8_t* stored) const;
 
   static std::size_t TableBytes() { return kTableBlocks * kTableBytes; }
   std::size_t chunk_values() const { return chunk_blocks_ * even_width_; }
@@ -62,7 +62,7 @@ class Lookup {
   struct Class {
     std::size_t first_tile, tiles;
   };
-  void Sum(const Chunk& chunk, const Tile& tile, const std::uint8_t* tables, float factor, float* const* sums,
+  void Sum(const Chunk& chunk, std::size_t tile, const std::uint8_t* tables, float factor, float* const* sums,
            bool add) const;
 
   const std::vector<Tile>& tiles() const { return tiles_; }
@@ -90,7 +90,10 @@ class Lookup {
   Lookup(const Weight& weight, const Form& form, const std::uint8_t* codes, const std::vector<std::size_t>& tap_class,
          const Kernels& kernels);
   void PackCodebooks(const Coded& m);
-  void PackCodes(const Coded& m, const std::uint8_t* codes, std::size_t groups);  // of a row
+  void PackCodes(const Coded& m, std::size_t groups);  // of a row
+  void SumStrips(const Chunk& chunk, std::size_t tile, const std::uint8_t* tables, float factor, float* const* sums,
+                 bool add) const;
+  const std::uint8_t* Strip(const std::uint8_t* stored, std::size_t stage, std::size_t set, std::size_t block) const;
 
   const Kernels* kernels_;
   std::size_t stages_, books_, width_, even_width_, outputs_, padded_outputs_;
@@ -99,7 +102,8 @@ class Lookup {
   std::vector<Set> sets_;
   std::vector<Tile> tiles_;
   std::vector<Class> classes_;
-  std::vector<std::uint8_t, OnLine<std::uint8_t>> codes_;               // and 16 KB that may be fetched early
+  std::size_t strip_bytes_ = 0;                                         // if they are read where they are stored
+  std::vector<std::uint8_t, OnLine<std::uint8_t>> codes_;               // if not; and 16 KB that may be fetched early
   std::vector<std::vector<std::int16_t, OnLine<std::int16_t>>> words_;  // [stages * books]
   std::vector<const std::int16_t*> block_words_;                        // [stages][tap_blocks]
   const float* scales_;

@@ -37,10 +37,11 @@ void SumRow(const Lookup& lookup, const Lookup::Chunk& chunk, const float* x, si
             float* sums, bool add) {
   const float factor = lookup.Round(chunk, x + chunk.first_block * lookup.width(), inputs, room.rounded).factor;
   lookup.Build(chunk, room.rounded, room.tables);
-  for (const Lookup::Tile& tile : lookup.tiles()) {
+  for (size_t index = 0; index < lookup.tiles().size(); ++index) {
+    const Lookup::Tile& tile = lookup.tiles()[index];
     float* its_sums[kMostSets];
     for (size_t i = 0; i < tile.sets; ++i) its_sums[i] = sums + lookup.sets()[tile.first_set + i].output;
-    lookup.Sum(chunk, tile, room.tables, factor, its_sums, add);
+    lookup.Sum(chunk, index, room.tables, factor, its_sums, add);
   }
 }
 
@@ -99,7 +100,7 @@ void Matrix::RunFewRows(const Call& call, size_t rows, const Tasks& tasks) const
     const Room own(lookup, 0);
     const size_t begin = lookup.chunks() * part / parts, end = lookup.chunks() * (part + 1) / parts;
     for (size_t index = begin; index < end; ++index) {
-      const Lookup::Chunk chunk = lookup.At(index);
+      const Lookup::Chunk chunk = lookup.At(index, call.codes);
       for (size_t row = 0; row < rows; ++row) {
         SumRow(lookup, chunk, call.x + row * depth, depth, own, sums + (part * rows + row) * padded, index > begin);
       }
@@ -123,7 +124,7 @@ void Matrix::RunManyRows(const Call& call, size_t rows, const Tasks& tasks) cons
     const size_t first = piece * kPieceRows, count = std::min(kPieceRows, rows - first);
     const Room own(lookup, count * padded);
     for (size_t index = 0; index < lookup.chunks(); ++index) {
-      const Lookup::Chunk chunk = lookup.At(index);
+      const Lookup::Chunk chunk = lookup.At(index, call.codes);
       for (size_t row = 0; row < count; ++row) {
         SumRow(lookup, chunk, call.x + (first + row) * depth, depth, own, own.sums + row * padded, index > 0);
       }

@@ -100,6 +100,15 @@ struct WordTable {
 struct ProductTable : WordTable {
   using WordTable::WordTable;
   static uint32x4_t FromFloats(float32x4_t a) { return vreinterpretq_u32_f32(a); }
+  static float32x4_t FourBytes(const std::uint8_t* p, std::size_t step) {
+    const auto load = [&](std::size_t i) {  // four bytes, and four zeros
+      const std::uint8_t* from = p + i * step;
+      const std::uint64_t low = from[0] | std::uint64_t{from[1]} << 8 | std::uint64_t{from[2]} << 16;
+      return vcreate_u8(low | std::uint64_t{from[3]} << 24);
+    };
+    const uint8x8_t even = vzip1_u8(load(0), load(2)), odd = vzip1_u8(load(1), load(3));
+    return vreinterpretq_f32_u8(vcombine_u8(vzip1_u8(even, odd), vzip2_u8(even, odd)));
+  }
   template <int kBits>
   static uint32x4_t Next(uint32x4_t codes) {
     return vshrq_n_u32(codes, kBits);

@@ -126,14 +126,20 @@ void DecodeScalarCodesOf(const Coded& m, const std::uint8_t* packed, std::size_t
 // The hook of kernels-inl.h.
 bool DecodeScalarCodes(const Coded& m, std::size_t row, std::size_t group, std::size_t cols, float scale, float* out) {
   if (m.width != 1 || m.books != 1 || m.stages != 1 || m.bits > 8) return false;
-  const std::size_t byte = group * m.bits / 8;
-  const std::uint8_t* packed = m.codes + row * m.row_bytes + byte;
-  if (m.words <= 64) {
-    DecodeScalarCodesOf<1>(m, packed, m.row_bytes - byte, cols, scale, out);
-  } else if (m.words <= 128) {
-    DecodeScalarCodesOf<2>(m, packed, m.row_bytes - byte, cols, scale, out);
-  } else {
-    DecodeScalarCodesOf<4>(m, packed, m.row_bytes - byte, cols, scale, out);
+  constexpr std::size_t kPiece = 512;  // that are brought together, out of a strip
+  std::uint8_t room[kPiece];
+  const std::size_t step = m.lanes == 1 ? cols : kPiece;
+  for (std::size_t col = 0; col < cols; col += step) {
+    const std::size_t count = cols - col < step ? cols - col : step;
+    std::size_t bytes;
+    const std::uint8_t* packed = PackedCodes(m, 0, row, group + col, count, room, bytes);
+    if (m.words <= 64) {
+      DecodeScalarCodesOf<1>(m, packed, bytes, count, scale, out + col);
+    } else if (m.words <= 128) {
+      DecodeScalarCodesOf<2>(m, packed, bytes, count, scale, out + col);
+    } else {
+      DecodeScalarCodesOf<4>(m, packed, bytes, count, scale, out + col);
+    }
   }
   return true;
 }

@@ -36,14 +36,14 @@ void CheckTables(const Kernels& kernels, const Sample& sample, std::vector<float
 }
 
 struct MatrixSizes {
-  size_t rows, inputs, outputs, width, bits;
+  size_t rows, inputs, outputs, width, bits, lanes = 1;
 };
 
 void CheckMatrix(const Kernels& kernels, const MatrixSizes& sizes) {
   Random random(3);
-  const auto& [rows, inputs, outputs, width, bits] = sizes;
+  const auto& [rows, inputs, outputs, width, bits, lanes] = sizes;
   const Node node = Usual(random, outputs, inputs, width,
-                          {static_cast<std::int64_t>(outputs), static_cast<std::int64_t>(inputs)}, {0, 1}, bits);
+                          {static_cast<std::int64_t>(outputs), static_cast<std::int64_t>(inputs)}, {0, 1}, bits, lanes);
   const std::vector<float> x = Values(random, rows * inputs, false), bias = Values(random, outputs, false);
   const auto run = [&](Precision precision, const std::vector<float>& values) {
     std::vector<float> out(rows * outputs);
@@ -65,19 +65,19 @@ void CheckMatrix(const Kernels& kernels, const MatrixSizes& sizes) {
 }
 
 struct ConvSizes {
-  size_t channels, outputs, kernel, dilation, pad, image_rows;
+  size_t channels, outputs, kernel, dilation, pad, image_rows, lanes = 1;
 };
 
 // With input channels innermost, against the products of Matrix with the rows of the unfolded image.
 void CheckConv(const Kernels& kernels, size_t images, const ConvSizes& sizes) {
   Random random(4);
-  const auto& [channels, outputs, kernel, dilation, pad, rows] = sizes;
+  const auto& [channels, outputs, kernel, dilation, pad, rows, lanes] = sizes;
   const size_t cols = rows == 1 ? 1 : 5, width = 8, reach = (kernel - 1) * dilation;
   const size_t out_rows = rows + 2 * pad - reach, depth = channels * kernel;
   const auto as_dim = [](size_t size) { return static_cast<std::int64_t>(size); };
   const Dims shape = {as_dim(images), as_dim(channels), as_dim(rows), as_dim(cols)};
-  const Node node =
-      Usual(random, outputs, depth, width, {as_dim(outputs), as_dim(kernel), 1, as_dim(channels)}, {0, 3, 1, 2});
+  const Node node = Usual(random, outputs, depth, width, {as_dim(outputs), as_dim(kernel), 1, as_dim(channels)},
+                          {0, 3, 1, 2}, 8, lanes);
   Node flat = node;
   flat.layout = {8, as_dim(depth), as_dim(outputs), as_dim(depth)};
   flat.perm = {0, 1};
@@ -122,13 +122,20 @@ void CheckSizes(const Kernels& kernels) {
                                    {1, 45, 300, 5, 8},              // an odd number of inputs
                                    {2, 96, 33, 8, 8},
                                    {4, 2048, 17, 8, 8},
-                                   {9, 80, 40, 8, 8}}) {
+                                   {9, 80, 40, 8, 8},
+                                   {1, 8192, 576, 4, 8, kStripRows},
+                                   {3, 96, 1152, 8, 8, kStripRows},
+                                   {1, 96, 320, 4, 4, kStripRows},
+                                   {9, 104, 128, 8, 8, kStripRows},
+                                   {1, 90, 128, 3, 3, kStripRows}}) {
     CheckMatrix(kernels, sizes);
   }
   CheckConv(kernels, 1, {16, 64, 3, 1, 1, 100});   // four bands
   CheckConv(kernels, 1, {16, 64, 3, 40, 40, 96});  // whose taps reach beyond the next one, so that there are fewer
   CheckConv(kernels, 9, {16, 24, 3, 1, 1, 70});    // many images
-  CheckConv(kernels, 11, {64, 70, 1, 1, 0, 1});    // images of one position, in three batches
+  CheckConv(kernels, 1, {16, 128, 3, 1, 1, 60, kStripRows});
+  CheckConv(kernels, 2, {528, 64, 1, 1, 0, 5, kStripRows});
+  CheckConv(kernels, 11, {64, 70, 1, 1, 0, 1});  // images of one position, in three batches
 }
 
 }  // namespace vqonnx::check

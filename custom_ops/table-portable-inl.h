@@ -46,7 +46,8 @@ void SumTable(const SumTables& s) {
     for (std::size_t row = 0; row < kSetRows; ++row) {
       std::int32_t sum = 0;
       for (std::size_t block = 0; block < s.blocks; ++block) {
-        const std::uint8_t code = s.codes[(block * s.sets + set) * kSetRows + SetPlace(row)];
+        const std::uint8_t code = s.strips != nullptr ? s.strips[set][block * kSetRows + row]
+                                                      : s.codes[(block * s.sets + set) * kSetRows + SetPlace(row)];
         const std::uint8_t* table = s.tables + block * kTableBytes;
         sum += table[code] + 256 * table[kTableWords + code] - 32768;
       }

@@ -181,21 +181,53 @@ VQONNX_INLINE void AddLookups(const std::uint8_t* codes, const Bytes& low, const
 #endif
 }
 
-template <std::size_t kSets>
+// To the order of rows from that in which sums of strips come: the even rows of each half of 16, then the odd ones.
+VQONNX_INLINE void SortRows(__m512i (&sums)[4]) {
+  const __m512i a = _mm512_maskz_unpacklo_epi32(0xFFFF, sums[0], sums[2]),
+                b = _mm512_maskz_unpackhi_epi32(0xFFFF, sums[0], sums[2]);
+  const __m512i c = _mm512_maskz_unpacklo_epi32(0xFFFF, sums[1], sums[3]),
+                d = _mm512_maskz_unpackhi_epi32(0xFFFF, sums[1], sums[3]);
+  // Each lane of 128 bits now has four neighbouring rows of its 16.
+  const __m512i ab_low = _mm512_maskz_shuffle_i64x2(0xFF, a, b, 0x44),
+                ab_high = _mm512_maskz_shuffle_i64x2(0xFF, a, b, 0xEE);
+  const __m512i cd_low = _mm512_maskz_shuffle_i64x2(0xFF, c, d, 0x44),
+                cd_high = _mm512_maskz_shuffle_i64x2(0xFF, c, d, 0xEE);
+  sums[0] = _mm512_maskz_shuffle_i64x2(0xFF, ab_low, cd_low, 0x88);
+  sums[1] = _mm512_maskz_shuffle_i64x2(0xFF, ab_low, cd_low, 0xDD);
+  sums[2] = _mm512_maskz_shuffle_i64x2(0xFF, ab_high, cd_high, 0x88);
+  sums[3] = _mm512_maskz_shuffle_i64x2(0xFF, ab_high, cd_high, 0xDD);
+}
+
+template <std::size_t kSets, bool kStrips>
 void SumSets(const SumTables& s) {
   constexpr std::size_t kAhead = 8192;  // bytes of codes that are fetched early: they may come from memory
+  // Strips are often a multiple of 4 KB apart, and then all of a block compete for the same places in the nearest
+  // cache, so that little of them can be fetched early.
+  constexpr std::size_t kBlocksAhead = 8;
   ByteSums lows[kSets], highs[kSets];
   VQONNX_UNROLL
   for (std::size_t i = 0; i < kSets; ++i) lows[i] = highs[i] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+  constexpr std::size_t kStep = kStrips ? 0 : kSets * kSetRows;
+  const std::size_t late = s.blocks > kBlocksAhead ? s.blocks - kBlocksAhead : 0;
   const std::uint8_t* codes = s.codes;
   const std::uint8_t* table = s.tables;
-  for (std::size_t block = 0; block < s.blocks; ++block, codes += kSets * kSetRows, table += kTableBytes) {
+  const std::uint8_t *strips[kSets], *ahead[kSets];
+  for (std::size_t i = 0; kStrips && i < kSets; ++i) {
+    strips[i] = s.strips[i];
+    ahead[i] = late > 0 ? s.strips[i] + kBlocksAhead * kSetRows : s.next[i];
+  }
+  for (std::size_t block = 0; block < s.blocks; ++block, codes += kStep, table += kTableBytes) {
     const Bytes low = {LoadBytes(table), LoadBytes(table + 64), LoadBytes(table + 128), LoadBytes(table + 192)};
     const Bytes high = {LoadBytes(table + 256), LoadBytes(table + 320), LoadBytes(table + 384), LoadBytes(table + 448)};
+    if (kStrips && block == late && late > 0) {
+      for (std::size_t i = 0; i < kSets; ++i) ahead[i] = s.next[i] - late * kSetRows;
+    }
     VQONNX_UNROLL
     for (std::size_t i = 0; i < kSets; ++i) {
-      _mm_prefetch(reinterpret_cast<const char*>(codes + i * kSetRows + kAhead), _MM_HINT_T0);
-      AddLookups(codes + i * kSetRows, low, high, lows[i], highs[i]);
+      const std::uint8_t* its = kStrips ? strips[i] + block * kSetRows : codes + i * kSetRows;
+      const std::uint8_t* later = kStrips ? ahead[i] + block * kSetRows : its + kAhead;
+      _mm_prefetch(reinterpret_cast<const char*>(later), _MM_HINT_T0);
+      AddLookups(its, low, high, lows[i], highs[i]);
     }
   }
   const __m512i weights = _mm512_set1_epi32(1 | 256 << 16);
@@ -204,30 +236,36 @@ void SumSets(const SumTables& s) {
   VQONNX_UNROLL
   for (std::size_t i = 0; i < kSets; ++i) {
     const __m512i even_low = lows[i].Even(), even_high = highs[i].Even();
-    const __m512i pairs[4] = {_mm512_unpacklo_epi16(even_low, even_high), _mm512_unpackhi_epi16(even_low, even_high),
-                              _mm512_unpacklo_epi16(lows[i].odd, highs[i].odd),
-                              _mm512_unpackhi_epi16(lows[i].odd, highs[i].odd)};
+    __m512i pairs[4] = {_mm512_unpacklo_epi16(even_low, even_high), _mm512_unpackhi_epi16(even_low, even_high),
+                        _mm512_unpacklo_epi16(lows[i].odd, highs[i].odd),
+                        _mm512_unpackhi_epi16(lows[i].odd, highs[i].odd)};
+    VQONNX_UNROLL
+    for (std::size_t j = 0; j < 4; ++j) pairs[j] = _mm512_dpwssd_epi32(start, pairs[j], weights);
+    if constexpr (kStrips) SortRows(pairs);
     float* sums = s.sums[i];
     VQONNX_UNROLL
     for (std::size_t j = 0; j < 4; ++j) {
-      const __m512 sum = _mm512_maskz_cvtepi32_ps(0xFFFF, _mm512_dpwssd_epi32(start, pairs[j], weights));
+      const __m512 sum = _mm512_maskz_cvtepi32_ps(0xFFFF, pairs[j]);
       Wide::Store(sums + 16 * j, s.add ? Wide::MulAdd(sum, factor, Wide::Load(sums + 16 * j)) : Wide::Mul(sum, factor));
     }
   }
 }
 
-void SumTable(const SumTables& s) {
+template <bool kStrips>
+void SumSetsOf(const SumTables& s) {
   switch (s.sets) {
     case 1:
-      return SumSets<1>(s);
+      return SumSets<1, kStrips>(s);
     case 2:
-      return SumSets<2>(s);
+      return SumSets<2, kStrips>(s);
     case 3:
-      return SumSets<3>(s);
+      return SumSets<3, kStrips>(s);
     default:
-      return SumSets<4>(s);
+      return SumSets<4, kStrips>(s);
   }
 }
+
+void SumTable(const SumTables& s) { s.strips != nullptr ? SumSetsOf<true>(s) : SumSetsOf<false>(s); }
 
 }  // namespace
 }  // namespace vqonnx

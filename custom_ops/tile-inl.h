@@ -92,10 +92,11 @@ void TileWindows(const Tile& tile) {
 }
 void TilePositions(const Tile& tile) { ChooseTile<Read::kPositions, kTileCount>(tile); }
 
-// Blocks [0, blocks) of one stage for one vector of rows with a scale each; `codes` of the rows are `stride` apart.
+// Blocks [0, blocks) of one stage for one vector of rows with a scale each; codes are `stride` apart from row to row,
+// and `step` from block to block.
 template <bool kFirst, bool kLast, std::size_t kWidth, class Code>
-void TurnWordsOf(const Coded& m, const Code* codes, std::size_t stride, std::size_t stage, std::size_t group,
-                 std::size_t cols, const float* scales, float* out) {
+void TurnWordsOf(const Coded& m, const Code* codes, std::size_t stride, std::size_t step, std::size_t stage,
+                 std::size_t group, std::size_t cols, const float* scales, float* out) {
   using V = decltype(Wide::Set(0.0F));
   const V scale = Wide::Load(scales);
   const std::size_t width = kWidth ? kWidth : m.width;
@@ -104,18 +105,18 @@ void TurnWordsOf(const Coded& m, const Code* codes, std::size_t stride, std::siz
   const float* const end = m.codebooks + (stage + 1) * m.books * book_size;
   const float* book = m.codebooks + (stage * m.books + group % m.books) * book_size;
   for (std::size_t block = 0; block * width < cols;
-       ++block, book = book + book_size == end ? end - m.books * book_size : book + book_size) {
+       ++block, codes += step, book = book + book_size == end ? end - m.books * book_size : book + book_size) {
     for (std::size_t j = 0; j < width; j += 8) {
       const std::size_t col = block * width + j;
       if (has_single && j + 1 == width) {
         if (col >= cols) continue;
         float* to = out + col * kTileLanes;
         VQONNX_UNROLL
-        for (std::size_t i = 0; i < Wide::kLanes; ++i) to[i] = book[codes[i * stride + block] * width + j];
+        for (std::size_t i = 0; i < Wide::kLanes; ++i) to[i] = book[codes[i * stride] * width + j];
         continue;
       }
       V turned[8];
-      LoadTurned([&](std::size_t i) { return book + (codes[i * stride + block] * width + j); }, turned);
+      LoadTurned([&](std::size_t i) { return book + (codes[i * stride] * width + j); }, turned);
       const std::size_t in_word = width - j < 8 ? width - j : 8;
       const std::size_t count = col + in_word > cols ? (col < cols ? cols - col : 0) : in_word;
       const auto put = [&](std::size_t i) {
@@ -140,11 +141,11 @@ void TurnWordsOf(const Coded& m, const Code* codes, std::size_t stride, std::siz
 }
 
 template <bool kFirst, bool kLast, class Code>
-void TurnWords(const Coded& m, const Code* codes, std::size_t stride, std::size_t stage, std::size_t group,
-               std::size_t cols, const float* scales, float* out) {
-  if (m.width == 8) return TurnWordsOf<kFirst, kLast, 8>(m, codes, stride, stage, group, cols, scales, out);
-  if (m.width == 9) return TurnWordsOf<kFirst, kLast, 9>(m, codes, stride, stage, group, cols, scales, out);
-  TurnWordsOf<kFirst, kLast, 0>(m, codes, stride, stage, group, cols, scales, out);
+void TurnWords(const Coded& m, const Code* codes, std::size_t stride, std::size_t step, std::size_t stage,
+               std::size_t group, std::size_t cols, const float* scales, float* out) {
+  if (m.width == 8) return TurnWordsOf<kFirst, kLast, 8>(m, codes, stride, step, stage, group, cols, scales, out);
+  if (m.width == 9) return TurnWordsOf<kFirst, kLast, 9>(m, codes, stride, step, stage, group, cols, scales, out);
+  TurnWordsOf<kFirst, kLast, 0>(m, codes, stride, step, stage, group, cols, scales, out);
 }
 
 void UnpackAny(const std::uint8_t* packed, std::size_t bytes, std::size_t bits, std::size_t count, std::uint8_t* out) {
@@ -164,30 +165,38 @@ void DecodePanelCodes(const Coded& m, std::size_t row, std::size_t rows, std::si
     for (std::size_t done = 0; done * m.width < cols; done += kChunk) {
       const std::size_t left = cols - done * m.width;
       const std::size_t now = left < kChunk * m.width ? left : kChunk * m.width;
-      const std::size_t byte = (group + done) * m.bits / 8;
+      const std::size_t blocks = (now - 1) / m.width + 1;
       for (std::size_t stage = 0; stage < m.stages; ++stage) {
-        const std::size_t first_row = stage * m.rows + row + first;
+        const std::size_t first_row = row + first;
+        const bool in_strip = m.lanes > 1 && (first_row & (kStripRows - 1)) + Wide::kLanes <= kStripRows;
         const Code* its_codes = codes;
-        std::size_t stride = kChunk;
-        if (sizeof(Code) == 1 && m.bits == 8 && first + Wide::kLanes <= rows) {  // as they are stored
-          its_codes = reinterpret_cast<const Code*>(m.codes + first_row * m.row_bytes + byte);
-          stride = m.row_bytes;
+        std::size_t stride = kChunk, step = 1;
+        if (sizeof(Code) == 1 && m.bits == 8 && first + Wide::kLanes <= rows && (in_strip || m.lanes == 1)) {
+          its_codes = reinterpret_cast<const Code*>(RowByte(m, stage, first_row, group + done));  // as they are stored
+          stride = in_strip ? 1 : m.row_bytes;
+          step = m.lanes;
+        } else if (in_strip) {  // also rows that are not wanted
+          UnpackStrip(m, stage, first_row, Wide::kLanes, group + done, blocks, codes);
+          stride = 1;
+          step = Wide::kLanes;
         } else {
           for (std::size_t i = 0; i < Wide::kLanes; ++i) {  // the last row stands in for those that are not there
             const std::size_t its_row = first_row + (first + i < rows ? i : rows - 1 - first);
-            const std::uint8_t* packed = m.codes + its_row * m.row_bytes + byte;
-            UnpackAny(packed, m.row_bytes - byte, m.bits, (now - 1) / m.width + 1, codes + i * kChunk);
+            std::uint8_t room[kChunk * sizeof(Code)];
+            std::size_t bytes;
+            const std::uint8_t* packed = PackedCodes(m, stage, its_row, group + done, blocks, room, bytes);
+            UnpackAny(packed, bytes, m.bits, blocks, codes + i * kChunk);
           }
         }
         float* to = out + done * m.width * kTileLanes + first;
         if (m.stages == 1) {
-          TurnWords<true, true>(m, its_codes, stride, stage, group + done, now, its_scales, to);
+          TurnWords<true, true>(m, its_codes, stride, step, stage, group + done, now, its_scales, to);
         } else if (stage == 0) {
-          TurnWords<true, false>(m, its_codes, stride, stage, group + done, now, its_scales, to);
+          TurnWords<true, false>(m, its_codes, stride, step, stage, group + done, now, its_scales, to);
         } else if (stage + 1 < m.stages) {
-          TurnWords<false, false>(m, its_codes, stride, stage, group + done, now, its_scales, to);
+          TurnWords<false, false>(m, its_codes, stride, step, stage, group + done, now, its_scales, to);
         } else {
-          TurnWords<false, true>(m, its_codes, stride, stage, group + done, now, its_scales, to);
+          TurnWords<false, true>(m, its_codes, stride, step, stage, group + done, now, its_scales, to);
         }
       }
     }

@@ -15,6 +15,7 @@ import onnx.parser
 from onnx import FunctionProto
 
 from vqonnx.ops import DOMAIN, VERSION
+from vqonnx.strips import row_lines
 
 CODED = ("codes", "codebooks", "scales", "layout")  # the inputs of Decode, which follow X in every fused op
 CLIP_OPSET = 11  # from which on the limits of Clip are inputs
@@ -77,8 +78,8 @@ class FusedOp:
         bias = ["B"] if self.operator in ("Conv", "Gemm") else []
         return ["X", *weight, *bias, *(name for step in self.tail for name in _FURTHER.get(step, []))]
 
-    def function(self, opset: int) -> FunctionProto:
-        """The body for a model at ``opset``."""
+    def function(self, opset: int, *, strips: bool = False) -> FunctionProto:
+        """The body for a model at ``opset``; with ``strips`` for codes in strips as well as by rows."""
         handed_on = _HANDED_ON[self.operator]
         declared = [*handed_on, *_KEPT[self.operator]]
         values = ", ".join(f"{name}: {kind} = @{name}" for name, kind in handed_on.items())
@@ -88,7 +89,10 @@ class FusedOp:
         if self.coded:
             # `coding` stays behind: onnx.reference looks for no defaults, and another coding would bring another body.
             declared = ["perm", *declared, 'coding: string = "fixed"', 'precision: string = "auto"']
-            lines.insert(0, f"W = {DOMAIN}.Decode <perm: ints = @perm> ({', '.join(CODED)})")
+            codes, *others = CODED
+            rows = "rows" if strips else codes
+            lines.insert(0, f"W = {DOMAIN}.Decode <perm: ints = @perm> ({', '.join([rows, *others])})")
+            lines[:0] = row_lines(codes, rows, opset) if strips else []
         for step in self.tail:
             before = f"before_{step}"
             lines[-1] = lines[-1].replace("Y = ", f"{before} = ", 1)

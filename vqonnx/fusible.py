@@ -17,6 +17,7 @@ from vqonnx.padding import conv_attributes, pool_attributes
 from vqonnx.place import all_names, main_opset
 from vqonnx.scope import Scope, attributes, constant_value, scopes
 from vqonnx.shapes import Shape, infer_shapes
+from vqonnx.strips import suits
 from vqonnx.writer import Writer
 
 # Operators whose first output has the type of all inputs.
@@ -75,6 +76,16 @@ class Layer:
     def weight(self) -> list[str]:
         """Name of the weight, if it has one."""
         return list(self.node.input[1:2])
+
+    @property
+    def codes(self) -> list[str]:
+        """Name of the codes, if it has some."""
+        return [] if self.decode is None else list(self.decode.input[:1])
+
+    @property
+    def output_axis(self) -> int:
+        """Axis of the weight that counts outputs."""
+        return 0 if self.node.op_type == "Conv" else 1 - self.attributes.get("transB", 0)
 
     @property
     def name(self) -> str:
@@ -154,6 +165,19 @@ class Graph:
         if layers:
             layers |= self._helpers(set(layers))
         return [self._group(layer, convs) for layer in layers.values()]
+
+    def suits_strips(self, layer: Layer) -> bool:
+        """Whether the op can compute from codes in strips as well, and has so many that it matters."""
+        if (
+            layer.decode is None
+            or not self._fixed.issuperset(layer.decode.input)
+            or layer.attributes.get("group", 1) > 1
+        ):
+            return False
+        codes, codebooks = (self._scope.initializers[name].dims for name in layer.decode.input[:2])
+        layout = constant_value(self._scope, layer.decode.input[3], self._folder)
+        perm = attributes(layer.decode)["perm"]
+        return layout is not None and suits(codes, codebooks, layout.tolist(), perm, layer.output_axis)
 
     def _helpers(self, fused: set[str]) -> dict[str, Layer]:
         """Depthwise convolutions and MaxPools behind a layer that is fused, by name of the output."""

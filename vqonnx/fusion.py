@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from onnx import AttributeProto, ModelProto, NodeProto, helper
+from onnx import AttributeProto, ModelProto, NodeProto, helper, numpy_helper
 
 from vqonnx.errors import OptionError
 from vqonnx.fused import FUSED
 from vqonnx.fusible import Graph, Group
-from vqonnx.modelfile import remove_entries, set_nodes
+from vqonnx.modelfile import remove_entries, set_nodes, to_array
 from vqonnx.ops import DOMAIN
 from vqonnx.origin import KEY, Origin, texts_of
 from vqonnx.place import Target, node_reads
+from vqonnx.strips import to_strips
 from vqonnx.unfusion import split_layers
 
 # Whether `compress` fuses unless it is told otherwise.
@@ -60,10 +61,24 @@ def fuse_layers(model: ModelProto, folder: Path) -> dict[str, str]:
     unused = before - after
     unused -= {value.name for value in (*model.graph.input, *model.graph.output)}
     remove_entries(model.graph.initializer, lambda tensor: tensor.name in unused)
+    strips = _store_strips(model, graph, groups, folder)
     if any(function.domain == DOMAIN for function in model.functions):
         names = sorted({group.op.name for group in groups})
-        model.functions.extend(FUSED[name].function(graph.opset) for name in names)
+        model.functions.extend(FUSED[name].function(graph.opset, strips=name in strips) for name in names)
     return {group.layer.name: group.op.name for group in groups}
+
+
+def _store_strips(model: ModelProto, graph: Graph, groups: list[Group], folder: Path) -> set[str]:
+    """Store codes in strips where every node that reads them can do with it; gives the names of those ops."""
+    layers = {group.nodes[-1].output[0]: group for group in groups if graph.suits_strips(group.layer)}
+    others = {output.name for output in model.graph.output}
+    others.update(*(node_reads(node) for node in model.graph.node if layers.keys().isdisjoint(node.output)))
+    kept = [group for group in layers.values() if others.isdisjoint(group.layer.codes)]
+    codes = {name for group in kept for name in group.layer.codes}
+    for tensor in model.graph.initializer:
+        if tensor.name in codes:
+            tensor.CopyFrom(numpy_helper.from_array(to_strips(to_array(tensor, folder)), tensor.name))
+    return {group.op.name for group in kept}
 
 
 def _node(group: Group, place: dict[int, int]) -> NodeProto:

@@ -155,11 +155,11 @@ Decode <perm> (codes, codebooks, scales, layout) => (weight) {{
 def _steps(opset: int, features: Features) -> list[str]:
     """The body, one step a line. Sizes are int64 tensors of shape [1]; codes are int32."""
     lines = [
-        *_int64("one", [1], opset),
+        *int64_lines("one", [1], opset),
         "two = Add (one, one)",  # shorter than a constant
         "three = Add (two, one)",
         "cols = Gather (layout, one)",
-        *_slice("split", "layout", 2, _END, opset),
+        *slice_lines("split", "layout", 2, _END, opset),
         "sizes = Shape (codebooks)",
         "width = Gather (sizes, three)",
         "wide = Cast <to = 6> (codes)",
@@ -171,8 +171,8 @@ def _steps(opset: int, features: Features) -> list[str]:
         lines += range_lines("group", "groups", opset)
     if features.packed:
         lines += [
-            *_int64("powers", [2**i for i in range(17 if features.wide else 9)], opset),
-            *_int64("eight", [8], opset),
+            *int64_lines("powers", [2**i for i in range(17 if features.wide else 9)], opset),
+            *int64_lines("eight", [8], opset),
             "bits = Gather (layout, zero)",
             "start = Mul (group, bits)",
             "byte = Div (start, eight)",
@@ -213,7 +213,7 @@ def _steps(opset: int, features: Features) -> list[str]:
             *_modulo("book", "group", "books", opset),
             "stages = Gather (sizes, zero)",
             *range_lines("stage", "stages", opset),
-            *_int64("column", [-1, 1, 1], opset),
+            *int64_lines("column", [-1, 1, 1], opset),
             "stage3 = Reshape (stage, column)",
             "shelf = Mul (stage3, books)",
             "place = Add (shelf, book)",
@@ -224,7 +224,7 @@ def _steps(opset: int, features: Features) -> list[str]:
     else:
         lines.append("index = Identity (code)")
     if features.several or features.scaled or features.tail:
-        lines += _int64("rest_of", [-1], opset)
+        lines += int64_lines("rest_of", [-1], opset)
     lines.append("table = Cast <to = 1> (codebooks)")
     if features.several:
         lines += [
@@ -271,7 +271,8 @@ def _steps(opset: int, features: Features) -> list[str]:
     return _without_identities(lines)
 
 
-def _int64(name: str, values: list[int], opset: int) -> list[str]:
+def int64_lines(name: str, values: list[int], opset: int) -> list[str]:
+    """``name``: a vector of these values, as int64."""
     numbers = ", ".join(map(str, values))
     if opset >= 9:
         return [f"{name} = Constant <value = int64[{len(values)}] {{{numbers}}}> ()"]
@@ -292,13 +293,13 @@ def _modulo(name: str, value: str, divisor: str, opset: int) -> list[str]:
     ]
 
 
-def _slice(name: str, source: str, start: int, end: int, opset: int) -> list[str]:
-    """A vector from ``start`` to before ``end``."""
+def slice_lines(name: str, source: str, start: int, end: int, opset: int) -> list[str]:
+    """``name``: a vector from ``start`` to before ``end``."""
     if opset < 10:
         return [f"{name} = Slice <starts = [{start}], ends = [{end}], axes = [0]> ({source})"]
     return [
-        *_int64(f"{name}_start", [start], opset),
-        *_int64(f"{name}_end", [end], opset),
+        *int64_lines(f"{name}_start", [start], opset),
+        *int64_lines(f"{name}_end", [end], opset),
         f"{name} = Slice ({source}, {name}_start, {name}_end)",
     ]
 
@@ -318,10 +319,10 @@ def range_lines(name: str, count: str, opset: int) -> list[str]:
     # a size of zero cannot be reshaped to.
     page = f"{name}_page"
     lines = [
-        *_int64(f"{page}_digits", list(range(16)), opset),  # 0..255 are 16 of them for each of 16
-        *_int64(f"{page}_sixteen", [16], opset),
-        *_int64(f"{page}_column", [-1, 1], opset),
-        *_int64(f"{page}_flat", [-1], opset),
+        *int64_lines(f"{page}_digits", list(range(16)), opset),  # 0..255 are 16 of them for each of 16
+        *int64_lines(f"{page}_sixteen", [16], opset),
+        *int64_lines(f"{page}_column", [-1, 1], opset),
+        *int64_lines(f"{page}_flat", [-1], opset),
         f"{page}_size = Mul ({page}_sixteen, {page}_sixteen)",
         f"{page}_upright = Reshape ({page}_digits, {page}_column)",
         f"{page}_tens = Mul ({page}_upright, {page}_sixteen)",
@@ -340,7 +341,7 @@ def range_lines(name: str, count: str, opset: int) -> list[str]:
             f"{part}_grid = Reshape ({part}_many, {part}_shape)",
             f"{part}_row = Gather <axis = 0> ({part}_grid, zero)",
             f"{part}_line = Reshape ({part}_row, {page}_flat)",
-            *_slice(part, f"{part}_line", 0, -1, opset),
+            *slice_lines(part, f"{part}_line", 0, -1, opset),
         ]
     return [
         *lines,
