@@ -32,6 +32,7 @@ const Kernels kAvx512Vbmi = {.name = "avx512vbmi",
                              .quantise = Quantise,
                              .build_tables = BuildTable,
                              .sum_tables = SumTable,
+                             .unpack_strip = UnpackSetOfRows,
                              .tables_pay = true};
 
 }  // namespace vqonnx

@@ -186,6 +186,7 @@ const Kernels kPortable = {.name = "portable",
                            .quantise = Quantise,
                            .build_tables = BuildTable,
                            .sum_tables = SumTable,
+                           .unpack_strip = UnpackSetOfRows,
                            .tables_pay = false};
 
 std::size_t UsableKernels(const Kernels** tables) {

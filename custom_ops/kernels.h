@@ -133,6 +133,7 @@ struct SumTables {
   // If not null, instead: for each set [blocks][kSetRows] in the order of rows, and what will be wanted next.
   const std::uint8_t* const* strips;
   const std::uint8_t* const* next;
+  bool is_near;  // what is in `strips`
   const std::uint8_t* tables;
   std::size_t blocks;  // at most kTableBlocks
   std::size_t sets;    // 1 to kMostSets
@@ -217,6 +218,11 @@ struct Kernels {
   void (*quantise)(const float* x, std::size_t count, float scale, std::int16_t* out);
   void (*build_tables)(const BuildTables& build);
   void (*sum_tables)(const SumTables& sum);
+
+  // Unpacks `count` codes of less than 8 bits of the rows of a strip, from block `group` on, a multiple of kOctet:
+  // out[code][kSetRows]. `strip` has `row_bytes` lines; bits beyond them are unspecified. Null where sum_tables is.
+  void (*unpack_strip)(const std::uint8_t* strip, std::size_t row_bytes, std::size_t bits, std::size_t group,
+                       std::size_t count, std::uint8_t* out);
   bool tables_pay;  // whether lookups are faster than multiplications
 };
 

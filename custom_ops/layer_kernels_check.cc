@@ -344,6 +344,7 @@ void CheckTables(const Kernels& kernels, unsigned seed) {
   SumTables sum = {.codes = codes.data(),
                    .strips = nullptr,
                    .next = nullptr,
+                   .is_near = Pick(random, 0, 1) != 0,
                    .tables = tables.data(),
                    .blocks = blocks,
                    .sets = sets,
@@ -359,6 +360,16 @@ void CheckTables(const Kernels& kernels, unsigned seed) {
     for (size_t i = 0; i < blocks * kSetRows; ++i) {
       strip[i] = codes[(i / kSetRows * sets + set) * kSetRows + SetPlace(i % kSetRows)];
     }
+  }
+  const size_t bits = Pick(random, 1, 7), row_bytes = Pick(random, 1, 30), codes_in_row = row_bytes * 8 / bits;
+  if (codes_in_row > 0) {
+    std::vector<std::uint8_t> strip(row_bytes * kSetRows);
+    for (std::uint8_t& byte : strip) byte = static_cast<std::uint8_t>(Pick(random, 0, 255));
+    const size_t group = Pick(random, 0, codes_in_row - 1) / kOctet * kOctet, count = codes_in_row - group;
+    std::vector<std::uint8_t> want(count * kSetRows), got(want.size());
+    kPortable.unpack_strip(strip.data(), row_bytes, bits, group, count, want.data());
+    kernels.unpack_strip(strip.data(), row_bytes, bits, group, count, got.data());
+    if (got != want) return Fail(kernels, Named(seed), "unpack_strip differs");
   }
   kPortable.sum_tables(sum);
   if (Pick(random, 0, 1) != 0) sum.strips = sum.next = strips;

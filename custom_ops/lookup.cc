@@ -25,9 +25,16 @@ constexpr size_t kFetchedEarly = 16384;
 // Codes of more bytes come from far, and tables must leave room for them in the nearest cache while they do.
 constexpr size_t kNear = size_t{1} << 20;
 
-// Of a layer with so many codes in all its stages.
-size_t MostBlocks(size_t codes, size_t stages) {
-  return std::max<size_t>(1, (codes > kNear ? kTableBlocks / 2 : kTableBlocks) / stages);
+// The blocks of a chunk, of a layer with so many codes in all its stages.
+size_t MostBlocks(const Coded& m, size_t codes, bool unpacked) {
+  const size_t near = codes > kNear || unpacked ? kTableBlocks / 2 : kTableBlocks;
+  const size_t most = std::max<size_t>(1, std::min(near / m.stages, kChunkInputs / m.width));
+  return unpacked ? most / kOctet * kOctet : most;
+}
+
+// Whether strips are looked up as they are stored, or as they are unpacked: octets of codes at a time.
+bool ReadsStrips(const Coded& m, size_t taps) {
+  return m.lanes > 1 && (m.bits == kOctet || (taps == 1 && MostBlocks(m, 0, true) > 0));
 }
 
 constexpr size_t kMostWidth = kTileDepth / kOctet;
@@ -91,10 +98,12 @@ Lookup::Lookup(const Weight& weight, const Form& form, const std::uint8_t* codes
       outputs_(weight.outputs()),
       padded_outputs_(Ceil(outputs_, kSetRows) * kSetRows),
       tap_blocks_(Ceil(weight.depth() / tap_class.size(), width_)),
-      chunk_blocks_(
-          std::min({tap_blocks_, MostBlocks(stages_ * padded_outputs_ * Ceil(weight.depth(), width_), stages_),
-                    std::max<size_t>(1, kChunkInputs / width_)})),
+      bits_(form.coded.bits),
+      strip_bytes_(ReadsStrips(form.coded, tap_class.size()) ? form.coded.row_bytes * kSetRows : 0),
+      chunk_blocks_(MostBlocks(form.coded, stages_ * padded_outputs_ * Ceil(weight.depth(), width_),
+                               strip_bytes_ > 0 && bits_ < kOctet)),
       scales_(weight.scales().data()) {
+  chunk_blocks_ = std::min(chunk_blocks_, tap_blocks_);
   const size_t class_count = *std::max_element(tap_class.begin(), tap_class.end()) + 1;
   for (size_t index = 0; index < class_count; ++index) {
     const size_t first_set = sets_.size(), first_tile = tiles_.size();
@@ -143,12 +152,10 @@ void Lookup::PackCodebooks(const Coded& m) {
   }
 }
 
-// Also counts how often words are used.
-void Lookup::PackCodes(const Coded& m, size_t groups) {
+template <class Use>
+void Lookup::CopyCodes(const Coded& m, size_t groups, Use use) {
   const size_t taps = sets_.size() / Ceil(outputs_, kSetRows);
-  if (m.lanes == kStripRows && m.bits == kOctet) strip_bytes_ = m.row_bytes * kStripRows;
-  const bool copies = strip_bytes_ == 0;
-  if (copies) codes_.assign(stages_ * tap_blocks_ * sets_.size() * kSetRows + kFetchedEarly, 0);
+  codes_.assign(stages_ * tap_blocks_ * sets_.size() * kSetRows + kFetchedEarly, 0);
   const size_t row_room = Ceil(groups, kOctet) * kOctet;
   std::vector<std::uint8_t> rows(kSetRows * row_room), room;
   std::vector<size_t> set_place(taps);                        // the number of a tap's set for the outputs at hand
@@ -156,25 +163,18 @@ void Lookup::PackCodes(const Coded& m, size_t groups) {
   for (const Tile& tile : tiles_) {
     for (size_t i = 0; i < tile.sets; ++i) set_tile[tile.first_set + i] = {tile.first_set, tile.sets};
   }
-  std::vector<double> uses(stages_ * books_ * kTableWords, 0.0);
   for (size_t output = 0; output < outputs_; output += kSetRows) {
     const size_t count = std::min(kSetRows, outputs_ - output);
     for (size_t set = 0; set < sets_.size(); ++set) {
       if (sets_[set].output == output) set_place[sets_[set].tap] = set;
     }
     for (size_t stage = 0; stage < stages_; ++stage) {
-      for (size_t i = 0; copies && i < count; ++i) {
+      for (size_t i = 0; i < count; ++i) {
         kernels_->unpack(RowOfCodes(m, stage, output + i, room), m.row_bytes, m.bits, groups,
                          rows.data() + i * row_room);
       }
       for (size_t group = 0; group < groups; ++group) {
         const size_t tap = group / tap_blocks_, block = group % tap_blocks_;
-        double* its_uses = uses.data() + (stage * books_ + block % books_) * kTableWords;
-        if (!copies) {
-          const std::uint8_t* line = Strip(m.codes, stage, set_place[tap], block);
-          for (size_t i = 0; i < count; ++i) its_uses[line[i]] += 1.0;
-          continue;
-        }
         const size_t chunk = block / chunk_blocks_, first = chunk * chunk_blocks_;
         const size_t blocks = std::min(chunk_blocks_, tap_blocks_ - first);
         const auto [tile_set, tile_sets] = set_tile[set_place[tap]];
@@ -184,10 +184,38 @@ void Lookup::PackCodes(const Coded& m, size_t groups) {
         for (size_t i = 0; i < count; ++i) {
           const std::uint8_t code = rows[i * row_room + group];
           to[SetPlace(i)] = code;
-          its_uses[code] += 1.0;
+          use(stage, block, code);
         }
       }
     }
+  }
+}
+
+// Also counts how often words are used.
+void Lookup::PackCodes(const Coded& m, size_t groups) {
+  std::vector<double> uses(stages_ * books_ * kTableWords, 0.0);
+  const auto count_use = [&](size_t stage, size_t block, std::uint8_t code) {
+    uses[(stage * books_ + block % books_) * kTableWords + code] += 1.0;
+  };
+  if (strip_bytes_ > 0) {
+    std::array<std::uint8_t, kSetRows * kOctet> unpacked;
+    for (size_t strip = 0; strip < stages_ * outputs_ / kSetRows; ++strip) {
+      for (size_t group = 0; group < groups; ++group) {
+        const std::uint8_t* codes = m.codes + strip * strip_bytes_ + group * kSetRows;
+        if (bits_ < kOctet) {
+          codes = unpacked.data() + group % kOctet * kSetRows;
+          if (group % kOctet == 0) {
+            kernels_->unpack_strip(m.codes + strip * strip_bytes_, m.row_bytes, bits_, group,
+                                   std::min(kOctet, groups - group), unpacked.data());
+          }
+        }
+        for (size_t i = 0; i < kSetRows; ++i) {
+          count_use(strip / (outputs_ / kSetRows), group % tap_blocks_, codes[i]);
+        }
+      }
+    }
+  } else {
+    CopyCodes(m, groups, count_use);
   }
   // Each entry is off by 0.35 of its unit: its own rounding, and that of x and of the words. It is compared with the
   // entries of words as they are used, blocks of x being at most twice as long as most of them are.
@@ -250,6 +278,7 @@ void Lookup::Sum(const Chunk& chunk, size_t tile, const std::uint8_t* tables, fl
   kernels_->sum_tables({.codes = chunk.codes + stages_ * chunk.blocks * tiles_[tile].first_set * kSetRows,
                         .strips = nullptr,
                         .next = nullptr,
+                        .is_near = false,
                         .tables = tables,
                         .blocks = stages_ * chunk.blocks,
                         .sets = tiles_[tile].sets,
@@ -258,9 +287,8 @@ void Lookup::Sum(const Chunk& chunk, size_t tile, const std::uint8_t* tables, fl
                         .add = add});
 }
 
-const std::uint8_t* Lookup::Strip(const std::uint8_t* stored, size_t stage, size_t set, size_t block) const {
-  const size_t strip = stage * (outputs_ / kStripRows) + sets_[set].output / kStripRows;
-  return stored + strip * strip_bytes_ + (sets_[set].tap * tap_blocks_ + block) * kStripRows;
+const std::uint8_t* Lookup::Strip(const std::uint8_t* stored, size_t stage, size_t set) const {
+  return stored + (stage * (outputs_ / kSetRows) + sets_[set].output / kSetRows) * strip_bytes_;
 }
 
 void Lookup::SumStrips(const Chunk& chunk, size_t tile, const std::uint8_t* tables, float factor, float* const* sums,
@@ -269,15 +297,25 @@ void Lookup::SumStrips(const Chunk& chunk, size_t tile, const std::uint8_t* tabl
   // What comes next: the same inputs of the next tile, or the next inputs.
   const size_t next_tile = (tile + 1) % tiles_.size(), beyond = chunk.first_block + chunk.blocks;
   const size_t next_block = next_tile > 0 ? chunk.first_block : beyond < tap_blocks_ ? beyond : 0;
+  const auto line = [&](size_t set, size_t block) {  // within its strip
+    return (sets_[set].tap * tap_blocks_ + block) * bits_ / kOctet * kSetRows;
+  };
+  alignas(64) std::uint8_t unpacked[kMostSets][kTableBlocks / 2 * kSetRows];
   for (size_t stage = 0; stage < stages_; ++stage) {
     const std::uint8_t *strips[kMostSets], *next[kMostSets];
     for (size_t i = 0; i < its.sets; ++i) {
-      strips[i] = Strip(chunk.codes, stage, its.first_set + i, chunk.first_block);
-      next[i] = Strip(chunk.codes, stage, (tiles_[next_tile].first_set + i) % sets_.size(), next_block);
+      const size_t set = its.first_set + i, next_set = (tiles_[next_tile].first_set + i) % sets_.size();
+      next[i] = Strip(chunk.codes, stage, next_set) + line(next_set, next_block);
+      strips[i] = Strip(chunk.codes, stage, set) + line(set, chunk.first_block);
+      if (bits_ == kOctet) continue;
+      kernels_->unpack_strip(Strip(chunk.codes, stage, set), strip_bytes_ / kSetRows, bits_,
+                             sets_[set].tap * tap_blocks_ + chunk.first_block, chunk.blocks, unpacked[i]);
+      strips[i] = unpacked[i];
     }
     kernels_->sum_tables({.codes = nullptr,
                           .strips = strips,
                           .next = next,
+                          .is_near = bits_ < kOctet,
                           .tables = tables + stage * chunk.blocks * kTableBytes,
                           .blocks = chunk.blocks,
                           .sets = its.sets,

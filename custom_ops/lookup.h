@@ -21,7 +21,7 @@ namespace vqonnx {
 // A column of the weight is a tap and an input, inputs running fastest; all taps of an input share its tables. Sets of
 // kSetRows outputs of one tap are looked up together, and tiles of up to kMostSets sets; the sets of a tap class are
 // consecutive: those are taps that the same inputs may need. Inputs come in chunks of up to kTableBlocks tables. Codes:
-// [chunk][tile][stage][block][set of the tile][kSetRows]. Strips whose bytes are codes are read where they are stored.
+// [chunk][tile][stage][block][set of the tile][kSetRows]. Strips are read where they are stored.
 class Lookup {
  public:
   // `tap_class` is the class of each tap, counted from 0. The codes are read now; what is kept of them is a copy.
@@ -91,18 +91,21 @@ class Lookup {
          const Kernels& kernels);
   void PackCodebooks(const Coded& m);
   void PackCodes(const Coded& m, std::size_t groups);  // of a row
+  template <class Use>
+  void CopyCodes(const Coded& m, std::size_t groups, Use use);
   void SumStrips(const Chunk& chunk, std::size_t tile, const std::uint8_t* tables, float factor, float* const* sums,
                  bool add) const;
-  const std::uint8_t* Strip(const std::uint8_t* stored, std::size_t stage, std::size_t set, std::size_t block) const;
+  const std::uint8_t* Strip(const std::uint8_t* stored, std::size_t stage, std::size_t set) const;
 
   const Kernels* kernels_;
   std::size_t stages_, books_, width_, even_width_, outputs_, padded_outputs_;
   std::size_t tap_blocks_;    // of one tap
+  std::size_t bits_;          // of a code as it is looked up
+  std::size_t strip_bytes_;   // if codes are in strips, which are read where they are stored
   std::size_t chunk_blocks_;  // most of a chunk
   std::vector<Set> sets_;
   std::vector<Tile> tiles_;
   std::vector<Class> classes_;
-  std::size_t strip_bytes_ = 0;                                         // if they are read where they are stored
   std::vector<std::uint8_t, OnLine<std::uint8_t>> codes_;               // if not; and 16 KB that may be fetched early
   std::vector<std::vector<std::int16_t, OnLine<std::int16_t>>> words_;  // [stages * books]
   std::vector<const std::int16_t*> block_words_;                        // [stages][tap_blocks]

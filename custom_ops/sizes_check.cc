@@ -127,7 +127,9 @@ void CheckSizes(const Kernels& kernels) {
                                    {3, 96, 1152, 8, 8, kStripRows},
                                    {1, 96, 320, 4, 4, kStripRows},
                                    {9, 104, 128, 8, 8, kStripRows},
-                                   {1, 90, 128, 3, 3, kStripRows}}) {
+                                   {1, 93, 128, 3, 3, kStripRows},
+                                   {2, 200, 64, 1, 6, kStripRows},
+                                   {9, 100, 192, 2, 5, kStripRows}}) {
     CheckMatrix(kernels, sizes);
   }
   CheckConv(kernels, 1, {16, 64, 3, 1, 1, 100});   // four bands

@@ -41,6 +41,18 @@ void BuildTable(const BuildTables& b) {
   }
 }
 
+void UnpackSetOfRows(const std::uint8_t* strip, std::size_t row_bytes, std::size_t bits, std::size_t group,
+                     std::size_t count, std::uint8_t* out) {
+  for (std::size_t i = 0; i < count; ++i, out += kStripRows) {
+    const std::size_t start = (group + i) * bits;
+    for (std::size_t row = 0; row < kStripRows; ++row) {
+      const std::uint8_t* byte = strip + start / 8 * kStripRows + row;
+      const unsigned next = start / 8 + 1 < row_bytes ? byte[kStripRows] : 0;
+      out[row] = static_cast<std::uint8_t>((*byte | next << 8) >> start % 8 & ((1U << bits) - 1));
+    }
+  }
+}
+
 void SumTable(const SumTables& s) {
   for (std::size_t set = 0; set < s.sets; ++set) {
     for (std::size_t row = 0; row < kSetRows; ++row) {

@@ -181,6 +181,56 @@ VQONNX_INLINE void AddLookups(const std::uint8_t* codes, const Bytes& low, const
 #endif
 }
 
+// The eight codes of an octet are in kBits lines, each at the same place in all octets.
+template <std::size_t kBits>
+void UnpackOctetsOfRows(const std::uint8_t* lines, std::size_t left, std::size_t count, std::uint8_t* out) {
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>((1U << kBits) - 1));
+  for (std::size_t done = 0; done < count; done += kOctet, lines += kBits * kSetRows) {
+    __m512i line[kBits];
+    VQONNX_UNROLL
+    for (std::size_t i = 0; i < kBits; ++i) {
+      line[i] = i < left ? LoadBytes(lines + i * kSetRows) : _mm512_setzero_si512();
+    }
+    left -= left < kBits ? left : kBits;
+    VQONNX_UNROLL
+    for (std::size_t j = 0; j < kOctet; ++j) {
+      if (done + j >= count) return;
+      // Shifts are those of pairs of bytes; what comes from the other byte of a pair is masked.
+      const std::size_t start = j * kBits, shift = start % 8;
+      const __m512i low = _mm512_maskz_srlv_epi16(~__mmask32{0}, line[start / 8], _mm512_set1_epi16(short(shift)));
+      __m512i code = low;
+      if (shift + kBits > 8) {
+        const __m512i next = line[start / 8 + 1], part = _mm512_set1_epi8(static_cast<char>(255U >> shift));
+        const __m512i high = _mm512_maskz_sllv_epi16(~__mmask32{0}, next, _mm512_set1_epi16(short(8 - shift)));
+        code = _mm512_ternarylogic_epi32(part, low, high, 0xCA);  // of the one where there is a part, else of the other
+      }
+      _mm512_storeu_si512(out + (done + j) * kSetRows, _mm512_and_si512(code, mask));
+    }
+  }
+}
+
+void UnpackSetOfRows(const std::uint8_t* strip, std::size_t row_bytes, std::size_t bits, std::size_t group,
+                     std::size_t count, std::uint8_t* out) {
+  const std::size_t first = group / kOctet * bits;
+  const std::uint8_t* lines = strip + first * kSetRows;
+  switch (bits) {
+    case 1:
+      return UnpackOctetsOfRows<1>(lines, row_bytes - first, count, out);
+    case 2:
+      return UnpackOctetsOfRows<2>(lines, row_bytes - first, count, out);
+    case 3:
+      return UnpackOctetsOfRows<3>(lines, row_bytes - first, count, out);
+    case 4:
+      return UnpackOctetsOfRows<4>(lines, row_bytes - first, count, out);
+    case 5:
+      return UnpackOctetsOfRows<5>(lines, row_bytes - first, count, out);
+    case 6:
+      return UnpackOctetsOfRows<6>(lines, row_bytes - first, count, out);
+    default:
+      return UnpackOctetsOfRows<7>(lines, row_bytes - first, count, out);
+  }
+}
+
 // To the order of rows from that in which sums of strips come: the even rows of each half of 16, then the odd ones.
 VQONNX_INLINE void SortRows(__m512i (&sums)[4]) {
   const __m512i a = _mm512_maskz_unpacklo_epi32(0xFFFF, sums[0], sums[2]),
@@ -208,7 +258,7 @@ void SumSets(const SumTables& s) {
   VQONNX_UNROLL
   for (std::size_t i = 0; i < kSets; ++i) lows[i] = highs[i] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
   constexpr std::size_t kStep = kStrips ? 0 : kSets * kSetRows;
-  const std::size_t late = s.blocks > kBlocksAhead ? s.blocks - kBlocksAhead : 0;
+  const std::size_t late = s.is_near || s.blocks <= kBlocksAhead ? 0 : s.blocks - kBlocksAhead;
   const std::uint8_t* codes = s.codes;
   const std::uint8_t* table = s.tables;
   const std::uint8_t *strips[kSets], *ahead[kSets];

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vqonnx.form import Coded
 from vqonnx.runtime import get_library_path
+from vqonnx.strips import to_strips
 
 F32 = np.float32
 CONV = ("Conv", "ConvRelu", "ConvClip", "ConvAdd", "ConvAddRelu", "ConvSilu")
@@ -31,6 +32,7 @@ class Layer:
     low: float = -1.0
     high: float = 1.5
     opset: int = 17
+    strips: bool = False
 
     @property
     def weight(self) -> NDArray[np.float32]:
@@ -47,7 +49,8 @@ class Layer:
         form = self.form
         scales = np.ones((1, 1), F32) if form.scales is None else form.scales
         layout = np.array([form.bits, form.cols, *self.sizes], np.int64)
-        arrays = {"codes": form.packed, "codebooks": form.codebooks, "scales": scales, "layout": layout}
+        codes = to_strips(form.packed) if self.strips else form.packed
+        arrays = {"codes": codes, "codebooks": form.codebooks, "scales": scales, "layout": layout}
         if self.op != "MatMul":
             arrays["B"] = np.zeros(self.outputs, F32) if self.bias is None else self.bias
         if self.op == "ConvClip":

@@ -275,4 +275,5 @@ def test_codes_stay_codes_in_memory_only_with_the_library(tmp_path: Path) -> Non
     assert alone is not None
     assert library is not None
     assert 80 < alone < 1000, f"{alone} MB without the library"
-    assert 0 < library < 25, f"{library} MB with the library"
+    allowed = 1.3 * path.stat().st_size / 1e6 + 10  # what issue 5 asks for
+    assert 0 < library < allowed, f"{library} MB with the library, where {allowed} are allowed"

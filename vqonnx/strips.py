@@ -1,8 +1,8 @@
-"""Codes in strips: the bytes of up to 256 rows side by side, so that the library computes from them as they are stored.
+"""Codes in strips: the bytes of 64 rows side by side, so that the library computes from them as they are stored.
 
-A strip holds ``lanes`` neighbouring rows of the codes, byte by byte: ``[stages, rows, row_bytes]`` becomes ``[stages,
-rows / lanes, row_bytes, lanes]``. Lookups take the codes of up to 256 outputs together; from rows they need a copy in
-another order, as large as the codes, for as long as the model is loaded. Only fused ops have codes in strips.
+A strip holds 64 neighbouring rows of the codes, byte by byte: ``[stages, rows, row_bytes]`` becomes ``[stages,
+rows / 64, row_bytes, 64]``. Lookups take the codes of 64 outputs at once; from rows they need a copy in another order,
+as large as the codes or larger, for as long as the model is loaded. Only fused ops have codes in strips.
 """
 
 from __future__ import annotations
@@ -15,28 +15,24 @@ from numpy.typing import NDArray
 
 from vqonnx.ops import int64_lines, slice_lines
 
-_SET = 64  # rows that a lookup takes at once
-_MOST_SETS = 1  # of a strip
-
+_ROWS = 64  # of a strip
 _LEAST_BYTES = 1 << 18  # of a layer's codes, for it to matter
 _MOST_WIDTH = 64  # that lookups have tables for, and most stages
+_MOST_STAGES = 4  # of codes that are unpacked before they are looked up
 _AXES = 4
+_BYTE = 8
 
 
 def to_strips(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Codes ``[stages, rows, row_bytes]`` as ``[stages, rows / lanes, row_bytes, lanes]``.
-
-    ``rows`` is a multiple of 64; ``lanes`` is the largest of 256, 192, 128 and 64 that divides it.
-    """
+    """Codes ``[stages, rows, row_bytes]`` as ``[stages, rows / 64, row_bytes, 64]``; 64 must divide ``rows``."""
     stages, rows, row_bytes = codes.shape
-    lanes = max(_SET * sets for sets in range(1, _MOST_SETS + 1) if rows % (_SET * sets) == 0)
-    return np.ascontiguousarray(codes.reshape(stages, rows // lanes, lanes, row_bytes).transpose(0, 1, 3, 2))
+    return np.ascontiguousarray(codes.reshape(stages, rows // _ROWS, _ROWS, row_bytes).transpose(0, 1, 3, 2))
 
 
 def to_rows(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Undo `to_strips`."""
-    stages, strips, row_bytes, lanes = codes.shape
-    return np.ascontiguousarray(codes.transpose(0, 1, 3, 2).reshape(stages, strips * lanes, row_bytes))
+    stages, strips, row_bytes, rows = codes.shape
+    return np.ascontiguousarray(codes.transpose(0, 1, 3, 2).reshape(stages, strips * rows, row_bytes))
 
 
 def in_strips(shape: Sequence[int]) -> bool:
@@ -59,21 +55,20 @@ def suits(
     stages, rows, _ = codes
     _, books, _, width = codebooks
     bits, cols, *split = layout
-    if prod(codes) < _LEAST_BYTES or rows % _SET or stages > _MOST_WIDTH:
+    if prod(codes) < _LEAST_BYTES or rows % _ROWS or stages > _MOST_WIDTH:
         return False
     if perm[output_axis] != 0 or split[0] != rows:
         return False  # rows are something else than outputs
-    if bits not in (1, 2, 4, 8) or (bits < 8 and books > 1):
+    if bits > _BYTE or width > _MOST_WIDTH or (bits < _BYTE and stages > _MOST_STAGES):
         return False
-    width *= 8 // bits  # a byte is a code of a longer word
     input_axis = 1 - output_axis
     inputs = split[perm[input_axis]]
-    if width > _MOST_WIDTH:
-        return False
     if inputs == cols:
         return True
+    # The same codes are looked up at each position; those of fewer bits would be unpacked again and again.
     *taps, last = (perm.index(axis) for axis in range(1, len(split)))  # axes of the weight, the last one fastest
-    return last == input_axis and taps == sorted(taps) and not inputs % width and not inputs // width % books
+    by_tap = last == input_axis and taps == sorted(taps) and not inputs % width and not inputs // width % books
+    return bits == _BYTE and by_tap
 
 
 def row_lines(source: str, result: str, opset: int) -> list[str]:
