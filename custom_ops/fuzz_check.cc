@@ -29,15 +29,19 @@ void FuzzLayers(const Kernels& kernels, unsigned seeds) {
                                  std::numeric_limits<std::int64_t>::max(),
                                  std::numeric_limits<std::int64_t>::min()};
     const auto any = [&] { return huge[Pick(random, 0, std::size(huge) - 1)]; };
-    Node node =
-        is_conv ? Usual(random, 6, 36, 4, {6, 3, 3, 4}, {0, 3, 1, 2}) : Usual(random, 6, 36, 4, {6, 36}, {0, 1});
+    const bool strips = Pick(random, 0, 2) == 0;
+    const size_t rows = strips ? kStripRows : 6;
+    const auto outputs = static_cast<std::int64_t>(rows);
+    Node node = is_conv ? Usual(random, rows, 36, 4, {outputs, 3, 3, 4}, {0, 3, 1, 2})
+                        : Usual(random, rows, 36, 4, {outputs, 36}, {0, 1});
     node.strides = {1, 2};
     node.dilations = {1, 1};
     node.pads = {1, 0, 1, 1};
     Dims shape = {2, 4, 5, 6};  // of the image, or of a depthwise weight
     if (!is_conv) shape = {5, 1, 3, 4}, node.group = 5;
     // Tensors are as large as they say, since onnxruntime made them; everything else may be anything.
-    Dims codes = {1, 6, 9}, codebooks = {1, 1, 256, 4}, scales = {6, 1};
+    Dims codes = {1, outputs, 9}, codebooks = {1, 1, 256, 4}, scales = {outputs, 1};
+    if (strips) codes = {1, 1, 9, outputs};
     for (size_t n = Pick(random, 1, 3); n > 0; --n) {
       const auto mutate = [&](Dims& values) {
         switch (Pick(random, 0, 4)) {
