@@ -137,9 +137,12 @@ def _torchvision(path: Path) -> np.ndarray:
 
 
 def _processor() -> str:
+    """Name, family and model: clouds call processors of several generations by the same name."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        first = cpuinfo.read_text().partition("\n\n")[0].splitlines()
+        found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first)}
+        if "model name" in found:
+            more = [f"{key.removeprefix('cpu ')} {found[key]}" for key in ("cpu family", "model") if key in found]
+            return f"{found['model name']} ({', '.join(more)})" if more else found["model name"]
     return platform.processor() or platform.machine()

@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py                   # every case that has no result yet
     python benchmarks/speed.py gemm-4096 mlp     # the cases whose names begin so, again
-    python benchmarks/speed.py table             # the table, from benchmarks/results/speed/
+    python benchmarks/speed.py table             # the table, from benchmarks/results/speed/ or --results
 
 All ways of a case are timed in turn within one process: a round is a block of some 20 ms of calls of each. Shown are
 medians over rounds and medians of the rounds' ratios. Processes differ by a few percent, so that five are run; shown is
@@ -159,10 +159,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("build/speed"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="another folder for those of another processor")
     parser.add_argument("--here", choices=("make", "time"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.case == ["table"]:
-        print(table())
+        print(table(chosen.results))
         return
     cases = [case for case in CASES if any(case.name.startswith(begin) for begin in chosen.case)]
     if chosen.case and not cases:
@@ -176,8 +177,8 @@ def main() -> None:
         else:
             print(json.dumps(measure(case, chosen.work, chosen.rounds)))
         return
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for case in cases or [case for case in CASES if not result_path(case).exists()]:
+    chosen.results.mkdir(parents=True, exist_ok=True)
+    for case in cases or [case for case in CASES if not result_path(case, chosen.results).exists()]:
         environment = {key: value for key, value in os.environ.items() if key not in ("VQONNX_ISA", "VQONNX_PRECISION")}
         if case.isa is not None:
             environment["VQONNX_ISA"] = case.isa
@@ -198,7 +199,7 @@ def main() -> None:
             print(f"{case.name}: failed with exit status {child.returncode}", file=sys.stderr)
             continue
         result = found[0] if len(found) == 1 else _middle(found)
-        result_path(case).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        result_path(case, chosen.results).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(f"{case.name}: {_spell(result)}", flush=True)
 
 
@@ -209,8 +210,8 @@ def _middle(found: list[dict[str, Any]]) -> dict[str, Any]:
     return found[len(found) // 2] | {"processes": len(found), "fp32_ratios": [ratios[0], ratios[-1]]}
 
 
-def result_path(case: Case) -> Path:
-    return RESULTS / f"{case.name}.json"
+def result_path(case: Case, folder: Path) -> Path:
+    return folder / f"{case.name}.json"
 
 
 def measure(case: Case, work: Path, rounds: int) -> dict[str, Any]:
@@ -287,16 +288,16 @@ def _span(result: dict[str, Any]) -> str:
     return " ({:.2f} to {:.2f}x fp32)".format(*result["fp32_ratios"]) if "fp32_ratios" in result else ""
 
 
-def table() -> str:
-    """Every case with a result: floors, aims, and what was measured."""
+def table(folder: Path) -> str:
+    """Every case with a result in a folder: floors, aims, and what was measured."""
     lines = [
         "| case | threads | against | at least | aim | measured | ours, us | other, us | error |",
         "|---" * 9 + "|",
     ]
     settings = set()
     for case in CASES:
-        if result_path(case).exists():
-            result = json.loads(result_path(case).read_text(encoding="utf-8"))
+        if result_path(case, folder).exists():
+            result = json.loads(result_path(case, folder).read_text(encoding="utf-8"))
             settings.add(result["setting"])
             lines += _memory_rows(case, result) if case.kind == "memory" else _rows(case, result)
     return "\n".join([*lines, "", *sorted(settings)])

@@ -25,6 +25,7 @@ from vqonnx.graph import find
 from vqonnx.ops import DOMAIN, VERSION, Features, decode_function, write_decode
 from vqonnx.place import Placement, place
 from vqonnx.record import LayerRecord, write_record
+from vqonnx.strips import in_strips, to_rows
 from vqonnx.view import conv_view
 from vqonnx.writer import Writer
 
@@ -87,6 +88,16 @@ def _set_precision(model: ModelProto, precision: str) -> None:
             node.attribute.append(helper.make_attribute("precision", precision))
 
 
+def _by_rows(model: ModelProto) -> ModelProto | None:
+    """The same with codes by rows; None if none are in strips."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    strips = [t for t in copy.graph.initializer if t.data_type == TensorProto.UINT8 and in_strips(t.dims)]
+    for tensor in strips:
+        tensor.CopyFrom(numpy_helper.from_array(to_rows(numpy_helper.to_array(tensor)), tensor.name))
+    return copy if strips else None
+
+
 def _copies(layer_bytes: float, cold: bool) -> int:
     return ceil(_COLD / layer_bytes) if cold else 1
 
@@ -110,6 +121,9 @@ def gemm_ways(outputs: int, inputs: int, batch: int, *, cold: bool, width: int =
         y,
     )
     ways = {"vqonnx": Way(ours.SerializeToString(), True, layers)}
+    rows = _by_rows(ours)
+    if rows is not None:
+        ways["by rows"] = Way(rows.SerializeToString(), True, layers)
 
     def fp32(i: int) -> tuple[list[NodeProto], dict[str, np.ndarray]]:
         constants = {f"w{i}": np.roll(weight, i, axis=0), "b": np.zeros(outputs, np.float32)}
