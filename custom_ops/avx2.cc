@@ -156,6 +156,7 @@ const Kernels kAvx2 = {.name = "avx2",
                        .quantise = nullptr,
                        .build_tables = nullptr,
                        .sum_tables = nullptr,
+                       .sort_rows = nullptr,
                        .unpack_strip = nullptr,
                        .tables_pay = false};
 

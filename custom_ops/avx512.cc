@@ -36,6 +36,7 @@ const Kernels kAvx512 = {.name = "avx512",
                          .quantise = nullptr,
                          .build_tables = nullptr,
                          .sum_tables = nullptr,
+                         .sort_rows = nullptr,
                          .unpack_strip = nullptr,
                          .tables_pay = false};
 

@@ -32,6 +32,7 @@ const Kernels kAvx512Vbmi = {.name = "avx512vbmi",
                              .quantise = Quantise,
                              .build_tables = BuildTable,
                              .sum_tables = SumTable,
+                             .sort_rows = SortRows,
                              .unpack_strip = UnpackSetOfRows,
                              .tables_pay = true};
 

@@ -143,7 +143,7 @@ inline Sample RandomSample(unsigned seed, size_t most_rows = 4) {
   sample.bits = PickBits(random);
   sample.stages = Pick(random, 0, 19) == 0 ? Pick(random, 9, 12) : Pick(random, 1, 3);
   sample.width = Pick(random, 1, 20);
-  sample.rows = Pick(random, 0, 9) ? Pick(random, 1, most_rows) : kStripRows * Pick(random, 1, 2);
+  sample.rows = Pick(random, 0, 14) ? Pick(random, 1, most_rows) : kStripRows * Pick(random, 1, 2);
   sample.groups = Pick(random, 0, 2) ? Pick(random, 1, 40) : Pick(random, 60, 200);
   const size_t books[] = {1, sample.groups, Pick(random, 1, sample.groups)};
   sample.books = books[Pick(random, 0, 2)];

@@ -209,7 +209,9 @@ bool Conv::RunLookup(const Call& call, std::span<const std::int64_t> shape, cons
     const auto finish = [&](size_t begin, size_t end) {  // rows of the output
       if (begin == end) return;
       const size_t place = (image * outputs * grid.out_rows + begin) * grid.out_cols;
-      kernels_->finish_across({.sums = room.sums + (begin - first) * row_floats,
+      float* its_sums = room.sums + (begin - first) * row_floats;
+      lookup.Sort(its_sums, (end - begin) * row_floats / kSetRows);
+      kernels_->finish_across({.sums = its_sums,
                                .pitch = padded,
                                .count = (end - begin) * grid.out_cols,
                                .lanes = outputs,

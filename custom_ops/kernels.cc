@@ -186,6 +186,7 @@ const Kernels kPortable = {.name = "portable",
                            .quantise = Quantise,
                            .build_tables = BuildTable,
                            .sum_tables = SumTable,
+                           .sort_rows = SortRows,
                            .unpack_strip = UnpackSetOfRows,
                            .tables_pay = false};
 

@@ -121,6 +121,11 @@ constexpr std::size_t SetPlace(std::size_t row) {
   return 2 * (row % 16 / 4 * 8 + row / 16 % 2 * 4 + row % 4) + row / 32;
 }
 
+// Where among the 64 sums of a set that of row `row` stands if its codes are in a strip, until Kernels::sort_rows.
+constexpr std::size_t StripPlace(std::size_t row) {
+  return row % 2 * 32 + row % 16 / 8 * 16 + row / 16 * 4 + row % 8 / 2;
+}
+
 struct BuildTables {
   const std::int16_t* x;             // [blocks][pairs][2]
   const std::int16_t* const* books;  // for each block [pairs][kTableWords][2]
@@ -138,7 +143,7 @@ struct SumTables {
   std::size_t blocks;  // at most kTableBlocks
   std::size_t sets;    // 1 to kMostSets
   float factor;        // what one unit of the tables is worth
-  float* const* sums;  // for each set kSetRows values
+  float* const* sums;  // for each set kSetRows values, of strips in the order of StripPlace
   bool add;            // to what they hold
 };
 
@@ -218,6 +223,9 @@ struct Kernels {
   void (*quantise)(const float* x, std::size_t count, float scale, std::int16_t* out);
   void (*build_tables)(const BuildTables& build);
   void (*sum_tables)(const SumTables& sum);
+
+  // Brings the sums of strips to the order of rows. Null where sum_tables is.
+  void (*sort_rows)(float* sums, std::size_t sets);
 
   // Unpacks `count` codes of less than 8 bits of the rows of a strip, from block `group` on, a multiple of kOctet:
   // out[code][kSetRows]. `strip` has `row_bytes` lines; bits beyond them are unspecified. Null where sum_tables is.

@@ -55,7 +55,7 @@ class Lookup {
 
   void Build(const Chunk& chunk, const std::int16_t* rounded, std::uint8_t* tables) const;
 
-  // For each set of a tile kSetRows sums, added to what is there if `add`.
+  // For each set of a tile kSetRows sums, added to what is there if `add`, in an order of their own until Sort.
   struct Tile {
     std::size_t first_set, sets;
   };
@@ -64,6 +64,11 @@ class Lookup {
   };
   void Sum(const Chunk& chunk, std::size_t tile, const std::uint8_t* tables, float factor, float* const* sums,
            bool add) const;
+
+  // Brings sums that are complete to the order of outputs.
+  void Sort(float* sums, std::size_t sets) const {
+    if (strip_bytes_ > 0) kernels_->sort_rows(sums, sets);
+  }
 
   const std::vector<Tile>& tiles() const { return tiles_; }
   const Class& tap_class(std::size_t index) const { return classes_[index]; }

@@ -112,6 +112,7 @@ void Matrix::RunFewRows(const Call& call, size_t rows, const Tasks& tasks) const
     const size_t count = std::min(kPieceOutputs, outputs - first);
     alignas(64) float total[kPieceOutputs];
     kernels_->add_up(sums + row * padded + first, rows * padded, parts, count, total);
+    lookup.Sort(total, count / kSetRows);
     FinishRow(call, row, first, count, total);
   });
 }
@@ -129,6 +130,7 @@ void Matrix::RunManyRows(const Call& call, size_t rows, const Tasks& tasks) cons
         SumRow(lookup, chunk, call.x + (first + row) * depth, depth, own, own.sums + row * padded, index > 0);
       }
     }
+    lookup.Sort(own.sums, count * padded / kSetRows);
     for (size_t row = 0; row < count; ++row) {
       FinishRow(call, first + row, 0, weight_.outputs(), own.sums + row * padded);
     }

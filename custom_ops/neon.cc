@@ -151,6 +151,7 @@ const Kernels kNeon = {.name = "neon",
                        .quantise = nullptr,
                        .build_tables = nullptr,
                        .sum_tables = nullptr,
+                       .sort_rows = nullptr,
                        .unpack_strip = nullptr,
                        .tables_pay = false};
 

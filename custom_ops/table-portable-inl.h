@@ -53,6 +53,14 @@ void UnpackSetOfRows(const std::uint8_t* strip, std::size_t row_bytes, std::size
   }
 }
 
+void SortRows(float* sums, std::size_t sets) {
+  for (std::size_t set = 0; set < sets; ++set, sums += kSetRows) {
+    float sorted[kSetRows];
+    for (std::size_t row = 0; row < kSetRows; ++row) sorted[row] = sums[StripPlace(row)];
+    for (std::size_t row = 0; row < kSetRows; ++row) sums[row] = sorted[row];
+  }
+}
+
 void SumTable(const SumTables& s) {
   for (std::size_t set = 0; set < s.sets; ++set) {
     for (std::size_t row = 0; row < kSetRows; ++row) {
@@ -63,7 +71,7 @@ void SumTable(const SumTables& s) {
         const std::uint8_t* table = s.tables + block * kTableBytes;
         sum += table[code] + 256 * table[kTableWords + code] - 32768;
       }
-      float& out = s.sums[set][row];
+      float& out = s.sums[set][s.strips != nullptr ? StripPlace(row) : row];
       out = (s.add ? out : 0.0F) + static_cast<float>(sum) * s.factor;
     }
   }

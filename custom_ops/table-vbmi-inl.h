@@ -231,21 +231,25 @@ void UnpackSetOfRows(const std::uint8_t* strip, std::size_t row_bytes, std::size
   }
 }
 
-// To the order of rows from that in which sums of strips come: the even rows of each half of 16, then the odd ones.
-VQONNX_INLINE void SortRows(__m512i (&sums)[4]) {
-  const __m512i a = _mm512_maskz_unpacklo_epi32(0xFFFF, sums[0], sums[2]),
-                b = _mm512_maskz_unpackhi_epi32(0xFFFF, sums[0], sums[2]);
-  const __m512i c = _mm512_maskz_unpacklo_epi32(0xFFFF, sums[1], sums[3]),
-                d = _mm512_maskz_unpackhi_epi32(0xFFFF, sums[1], sums[3]);
-  // Each lane of 128 bits now has four neighbouring rows of its 16.
-  const __m512i ab_low = _mm512_maskz_shuffle_i64x2(0xFF, a, b, 0x44),
-                ab_high = _mm512_maskz_shuffle_i64x2(0xFF, a, b, 0xEE);
-  const __m512i cd_low = _mm512_maskz_shuffle_i64x2(0xFF, c, d, 0x44),
-                cd_high = _mm512_maskz_shuffle_i64x2(0xFF, c, d, 0xEE);
-  sums[0] = _mm512_maskz_shuffle_i64x2(0xFF, ab_low, cd_low, 0x88);
-  sums[1] = _mm512_maskz_shuffle_i64x2(0xFF, ab_low, cd_low, 0xDD);
-  sums[2] = _mm512_maskz_shuffle_i64x2(0xFF, ab_high, cd_high, 0x88);
-  sums[3] = _mm512_maskz_shuffle_i64x2(0xFF, ab_high, cd_high, 0xDD);
+void SortRows(float* sums, std::size_t sets) {
+  for (std::size_t set = 0; set < sets; ++set, sums += kSetRows) {
+    __m512i v[4];
+    VQONNX_UNROLL
+    for (std::size_t j = 0; j < 4; ++j) v[j] = LoadBytes(sums + 16 * j);
+    const __m512i a = _mm512_maskz_unpacklo_epi32(0xFFFF, v[0], v[2]),
+                  b = _mm512_maskz_unpackhi_epi32(0xFFFF, v[0], v[2]);
+    const __m512i c = _mm512_maskz_unpacklo_epi32(0xFFFF, v[1], v[3]),
+                  d = _mm512_maskz_unpackhi_epi32(0xFFFF, v[1], v[3]);
+    // Each lane of 128 bits now has four neighbouring rows of its 16.
+    const __m512i ab_low = _mm512_maskz_shuffle_i64x2(0xFF, a, b, 0x44),
+                  ab_high = _mm512_maskz_shuffle_i64x2(0xFF, a, b, 0xEE);
+    const __m512i cd_low = _mm512_maskz_shuffle_i64x2(0xFF, c, d, 0x44),
+                  cd_high = _mm512_maskz_shuffle_i64x2(0xFF, c, d, 0xEE);
+    _mm512_storeu_si512(sums, _mm512_maskz_shuffle_i64x2(0xFF, ab_low, cd_low, 0x88));
+    _mm512_storeu_si512(sums + 16, _mm512_maskz_shuffle_i64x2(0xFF, ab_low, cd_low, 0xDD));
+    _mm512_storeu_si512(sums + 32, _mm512_maskz_shuffle_i64x2(0xFF, ab_high, cd_high, 0x88));
+    _mm512_storeu_si512(sums + 48, _mm512_maskz_shuffle_i64x2(0xFF, ab_high, cd_high, 0xDD));
+  }
 }
 
 template <std::size_t kSets, bool kStrips>
@@ -286,16 +290,13 @@ void SumSets(const SumTables& s) {
   VQONNX_UNROLL
   for (std::size_t i = 0; i < kSets; ++i) {
     const __m512i even_low = lows[i].Even(), even_high = highs[i].Even();
-    __m512i pairs[4] = {_mm512_unpacklo_epi16(even_low, even_high), _mm512_unpackhi_epi16(even_low, even_high),
-                        _mm512_unpacklo_epi16(lows[i].odd, highs[i].odd),
-                        _mm512_unpackhi_epi16(lows[i].odd, highs[i].odd)};
-    VQONNX_UNROLL
-    for (std::size_t j = 0; j < 4; ++j) pairs[j] = _mm512_dpwssd_epi32(start, pairs[j], weights);
-    if constexpr (kStrips) SortRows(pairs);
+    const __m512i pairs[4] = {_mm512_unpacklo_epi16(even_low, even_high), _mm512_unpackhi_epi16(even_low, even_high),
+                              _mm512_unpacklo_epi16(lows[i].odd, highs[i].odd),
+                              _mm512_unpackhi_epi16(lows[i].odd, highs[i].odd)};
     float* sums = s.sums[i];
     VQONNX_UNROLL
     for (std::size_t j = 0; j < 4; ++j) {
-      const __m512 sum = _mm512_maskz_cvtepi32_ps(0xFFFF, pairs[j]);
+      const __m512 sum = _mm512_maskz_cvtepi32_ps(0xFFFF, _mm512_dpwssd_epi32(start, pairs[j], weights));
       Wide::Store(sums + 16 * j, s.add ? Wide::MulAdd(sum, factor, Wide::Load(sums + 16 * j)) : Wide::Mul(sum, factor));
     }
   }
