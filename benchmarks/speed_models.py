@@ -25,7 +25,7 @@ from vqonnx.graph import find
 from vqonnx.ops import DOMAIN, VERSION, Features, decode_function, write_decode
 from vqonnx.place import Placement, place
 from vqonnx.record import LayerRecord, write_record
-from vqonnx.strips import in_strips, to_rows
+from vqonnx.strips import in_strips, rearrange, to_rows
 from vqonnx.view import conv_view
 from vqonnx.writer import Writer
 
@@ -94,7 +94,7 @@ def _by_rows(model: ModelProto) -> ModelProto | None:
     copy.CopyFrom(model)
     strips = [t for t in copy.graph.initializer if t.data_type == TensorProto.UINT8 and in_strips(t.dims)]
     for tensor in strips:
-        tensor.CopyFrom(numpy_helper.from_array(to_rows(numpy_helper.to_array(tensor)), tensor.name))
+        rearrange(tensor, to_rows)
     return copy if strips else None
 
 

@@ -58,7 +58,7 @@ VQONNX_INLINE void DotStrip(const Coded& m, const float* book, const std::uint8_
   const std::size_t vectors = kVectors ? kVectors : m.width / F::kLanes;
   const std::size_t width = vectors * F::kLanes;
   for (std::size_t block = 0; block < blocks; ++block, codes += step, x += width) {
-    VQONNX_FETCH(codes + kStripsEarly * kStripRows);
+    VQONNX_FETCH(codes + kStripsEarly * step);
     for (std::size_t v = 0; v < vectors; ++v) {
       VQONNX_UNROLL
       for (std::size_t i = 0; i < kRows; ++i) {

@@ -100,10 +100,10 @@ Lookup::Lookup(const Weight& weight, const Form& form, const std::uint8_t* codes
       tap_blocks_(Ceil(weight.depth() / tap_class.size(), width_)),
       bits_(form.coded.bits),
       strip_bytes_(ReadsStrips(form.coded, tap_class.size()) ? form.coded.row_bytes * kSetRows : 0),
-      chunk_blocks_(MostBlocks(form.coded, stages_ * padded_outputs_ * Ceil(weight.depth(), width_),
-                               strip_bytes_ > 0 && bits_ < kOctet)),
+      chunk_blocks_(
+          std::min(tap_blocks_, MostBlocks(form.coded, stages_ * padded_outputs_ * Ceil(weight.depth(), width_),
+                                           strip_bytes_ > 0 && bits_ < kOctet))),
       scales_(weight.scales().data()) {
-  chunk_blocks_ = std::min(chunk_blocks_, tap_blocks_);
   const size_t class_count = *std::max_element(tap_class.begin(), tap_class.end()) + 1;
   for (size_t index = 0; index < class_count; ++index) {
     const size_t first_set = sets_.size(), first_tile = tiles_.size();

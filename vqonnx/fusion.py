@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from onnx import AttributeProto, ModelProto, NodeProto, helper, numpy_helper
+from onnx import AttributeProto, ModelProto, NodeProto, helper
 
 from vqonnx.errors import OptionError
 from vqonnx.fused import FUSED
 from vqonnx.fusible import Graph, Group
-from vqonnx.modelfile import remove_entries, set_nodes, to_array
+from vqonnx.modelfile import remove_entries, set_nodes
 from vqonnx.ops import DOMAIN
 from vqonnx.origin import KEY, Origin, texts_of
 from vqonnx.place import Target, node_reads
-from vqonnx.strips import to_strips
+from vqonnx.strips import rearrange, to_strips
 from vqonnx.unfusion import split_layers
 
 # Whether `compress` fuses unless it is told otherwise.
@@ -77,7 +77,7 @@ def _store_strips(model: ModelProto, graph: Graph, groups: list[Group], folder: 
     codes = {name for group in kept for name in group.layer.codes}
     for tensor in model.graph.initializer:
         if tensor.name in codes:
-            tensor.CopyFrom(numpy_helper.from_array(to_strips(to_array(tensor, folder)), tensor.name))
+            rearrange(tensor, to_strips, folder)
     return {group.op.name for group in kept}
 
 

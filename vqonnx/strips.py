@@ -7,18 +7,22 @@ as large as the codes or larger, for as long as the model is loaded. Only fused 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
 
+from vqonnx.modelfile import to_array
 from vqonnx.ops import int64_lines, slice_lines
 
 _ROWS = 64  # of a strip
 _LEAST_BYTES = 1 << 18  # of a layer's codes, for it to matter
-_MOST_WIDTH = 64  # that lookups have tables for, and most stages
-_MOST_STAGES = 4  # of codes that are unpacked before they are looked up
+_MOST_WIDTH = 64  # that lookups have tables for
+_MOST_STAGES = 64  # the same
+_MOST_UNPACKED_STAGES = 4  # of codes that are unpacked before they are looked up
 _AXES = 4
 _BYTE = 8
 
@@ -33,6 +37,13 @@ def to_rows(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Undo `to_strips`."""
     stages, strips, row_bytes, rows = codes.shape
     return np.ascontiguousarray(codes.transpose(0, 1, 3, 2).reshape(stages, strips * rows, row_bytes))
+
+
+def rearrange(
+    tensor: TensorProto, order: Callable[[NDArray[np.uint8]], NDArray[np.uint8]], folder: Path = Path()
+) -> None:
+    """Store the codes of a tensor in another order, `to_strips` or `to_rows`; ``folder`` is for external data."""
+    tensor.CopyFrom(numpy_helper.from_array(order(to_array(tensor, folder)), tensor.name))
 
 
 def in_strips(shape: Sequence[int]) -> bool:
@@ -55,11 +66,11 @@ def suits(
     stages, rows, _ = codes
     _, books, _, width = codebooks
     bits, cols, *split = layout
-    if prod(codes) < _LEAST_BYTES or rows % _ROWS or stages > _MOST_WIDTH:
+    if prod(codes) < _LEAST_BYTES or rows % _ROWS or stages > _MOST_STAGES:
         return False
     if perm[output_axis] != 0 or split[0] != rows:
         return False  # rows are something else than outputs
-    if bits > _BYTE or width > _MOST_WIDTH or (bits < _BYTE and stages > _MOST_STAGES):
+    if bits > _BYTE or width > _MOST_WIDTH or (bits < _BYTE and stages > _MOST_UNPACKED_STAGES):
         return False
     input_axis = 1 - output_axis
     inputs = split[perm[input_axis]]

@@ -14,7 +14,7 @@ from vqonnx.ops import DOMAIN
 from vqonnx.origin import Origin, restore
 from vqonnx.place import all_names, names_in, node_reads
 from vqonnx.scope import scopes
-from vqonnx.strips import in_strips, to_rows
+from vqonnx.strips import in_strips, rearrange, to_rows
 from vqonnx.writer import Writer
 
 
@@ -60,7 +60,7 @@ def split_layers(model: ModelProto, folder: Path = Path()) -> dict[str, str]:
     codes = {name for part in parts.values() for node in part if node.op_type == "Decode" for name in node.input[:1]}
     for tensor in model.graph.initializer:
         if tensor.name in codes and in_strips(tensor.dims):
-            tensor.CopyFrom(numpy_helper.from_array(to_rows(to_array(tensor, folder)), tensor.name))
+            rearrange(tensor, to_rows, folder)
     model.graph.initializer.extend(biases.values())
     unused = before - {name for node in model.graph.node for name in node_reads(node)}
     unused -= {value.name for value in (*model.graph.input, *model.graph.output)}
