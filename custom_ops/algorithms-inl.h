@@ -6,6 +6,7 @@
 #include "tile-inl.h"
 #include "few-words-inl.h"
 #include "dot-inl.h"
+#include "entries-inl.h"
 #include "windows-inl.h"
 #include "depthwise-inl.h"
 #include "pool-inl.h"

@@ -1,7 +1,8 @@
 // The kernels for AVX2 with FMA. Everything is in unnamed namespaces except the table, see docs/kernels.md.
-#include <immintrin.h>
-
+// clang-format off
 #include "kernels.h"
+#include "bytes-x86-inl.h"
+// clang-format on
 
 namespace vqonnx {
 namespace {
@@ -51,10 +52,6 @@ struct Wide {
   }
 };
 using Middle = Wide;
-
-inline std::uint64_t LoadEight(const std::uint8_t* p) {
-  return static_cast<std::uint64_t>(_mm_cvtsi128_si64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-}
 
 // Each code ends up in the lowest byte of a 64-bit lane; shifting the lanes over each other leaves one shuffle to do.
 inline void UnpackOctet(std::uint64_t window, std::size_t bits, std::uint8_t* out) {
@@ -142,6 +139,11 @@ const Kernels kAvx2 = {.name = "avx2",
                        .decode_panel = DecodePanel,
                        .dot = DotProducts,
                        .dot_has_tables = HasTables<ProductTable>,
+                       .row_lanes = Wide::kLanes,
+                       .few_row_lanes = Middle::kLanes,
+                       .code_lines = CodeLines,
+                       .build_entries = BuildEntry,
+                       .sum_entries = SumEntry,
                        .tile_lanes = kTileLanes,
                        .tile_count = kTileCount,
                        .tile_windows = TileWindows,

@@ -1,8 +1,9 @@
 // The vocabulary of kernels-inl.h and tile-inl.h for AVX-512 (F, BW, DQ, VL), which two tables share.
 // No include guard and no standard library on purpose: see docs/kernels.md.
-#include <immintrin.h>
-
+// clang-format off
 #include "kernels.h"
+#include "bytes-x86-inl.h"
+// clang-format on
 
 namespace vqonnx {
 namespace {
@@ -54,10 +55,6 @@ struct Wide {
     *odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(evens, _mm512_set1_epi32(1)), b);
   }
 };
-
-inline std::uint64_t LoadEight(const std::uint8_t* p) {
-  return static_cast<std::uint64_t>(_mm_cvtsi128_si64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-}
 
 // The forms with a full mask do the same as those without, which g++ 12 suspects of reading what was never set.
 inline void UnpackOctet(std::uint64_t window, std::size_t bits, std::uint8_t* out) {

@@ -33,7 +33,7 @@ Conv::Conv(const Inputs& inputs, std::span<const std::int64_t> perm, std::span<c
   is_depthwise_ = channels_ == 1 && groups_ == weight_.outputs() &&
                   std::is_sorted(weight_.column_axes().begin() + (weight_.column_axes()[0] == 1 ? 1 : 0),
                                  weight_.column_axes().end() - (weight_.column_axes().back() == 1 ? 1 : 0));
-  if (precision != Precision::kExact && groups_ == 1)
+  if (precision != Precision::kExact && precision != Precision::kEntries && groups_ == 1)
     PlanLookup(static_cast<const std::uint8_t*>(inputs.codes.data), precision);
 }
 

@@ -3,6 +3,7 @@
 //
 //   Narrow, Middle, Wide       vectors of floats, `kLanes` of them: Load, Store, Add, Mul, Set (all lanes one value)
 //   LoadEight(p)               eight bytes, the first one lowest
+//   TurnEight(rows, p, step)   byte i of row r to p[i * step + r]
 //   UnpackOctet(w, bits, out)  the eight codes in the low 8 * bits bits of `w`
 //   WordTable                  the first `kWords` floats of a codebook; At(codes) looks up Wide::kLanes codes at once
 //   DecodeScalarCodes(...)     whether it has done the work of DecodeRow, where the form allows something better

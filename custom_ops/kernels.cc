@@ -48,6 +48,12 @@ std::uint64_t LoadEight(const std::uint8_t* p) {
   return window;
 }
 
+void TurnEight(const std::uint64_t (&rows)[8], std::uint8_t* out, std::size_t stride) {
+  for (std::size_t i = 0; i < 8; ++i) {
+    for (std::size_t r = 0; r < 8; ++r) out[i * stride + r] = static_cast<std::uint8_t>(rows[r] >> (8 * i));
+  }
+}
+
 void UnpackOctet(std::uint64_t window, std::size_t bits, std::uint8_t* out) {
   assert(1 <= bits && bits <= 8);
   for (std::size_t i = 0; i < kOctet; ++i) {
@@ -172,6 +178,11 @@ const Kernels kPortable = {.name = "portable",
                            .decode_panel = DecodePanel,
                            .dot = DotProducts,
                            .dot_has_tables = HasTables<ProductTable>,
+                           .row_lanes = Wide::kLanes,
+                           .few_row_lanes = Middle::kLanes,
+                           .code_lines = CodeLines,
+                           .build_entries = BuildEntry,
+                           .sum_entries = SumEntry,
                            .tile_lanes = kTileLanes,
                            .tile_count = kTileCount,
                            .tile_windows = TileWindows,

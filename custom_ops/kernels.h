@@ -147,6 +147,31 @@ struct SumTables {
   bool add;            // to what they hold
 };
 
+// Products by tables of entries: what one word of a codebook yields with `lanes` rows of x, in float32, one after the
+// other. `lanes` is Kernels::row_lanes or few_row_lanes.
+struct BuildEntries {
+  const float* x;  // [cols][lanes], x_stride apart
+  std::size_t x_stride;
+  const float* book;        // [words][width]
+  std::size_t words, width;
+  std::size_t cols;   // at most width: those of a last block may be fewer
+  std::size_t lanes;
+  float* entries;  // [words][lanes]
+};
+
+constexpr std::size_t kMostEntryTables = 4;  // whose entries are added up at once: as many as stay near
+struct SumEntries {
+  // For each table, of each strip of kStripRows outputs a line of codes, `strip_bytes` apart.
+  const std::uint8_t* const* codes;
+  std::size_t strips, strip_bytes;
+  const float* entries;  // [tables][words][lanes]
+  std::size_t tables;    // 1 to kMostEntryTables
+  std::size_t words, lanes;
+  float* sums;  // [strips * kStripRows][lanes], `pitch` apart
+  std::size_t pitch;
+  bool add;  // to what they hold
+};
+
 // What x must be rounded with: the largest magnitude, the largest sum of squares of a block; unspecified where some
 // value is not finite.
 struct Extent {
@@ -194,6 +219,15 @@ struct Kernels {
   // For some matrices each call of many rows makes tables of products: the more rows, the better.
   void (*dot)(const Dot& dot);
   bool (*dot_has_tables)(const Coded& matrix);
+
+  // Tables of entries. `code_lines` brings codes of at most 8 bits, of any form, to the order in which they are needed:
+  // out[code][kStripRows] for rows from `row` on, a multiple of kStripRows, and blocks from `group` on, a multiple of
+  // kOctet; zeros for rows that the matrix does not have. There is room for `count` rounded up to octets.
+  std::size_t row_lanes, few_row_lanes;
+  void (*code_lines)(const Coded& matrix, std::size_t stage, std::size_t row, std::size_t group, std::size_t count,
+                     std::uint8_t* out);
+  void (*build_entries)(const BuildEntries& build);
+  void (*sum_entries)(const SumEntries& sum);
 
   // A tile of sums. In `windows` the vectors are outputs and lie one after the other; the scalars are positions:
   //   sums[i][j] (+)= vectors[k * tile_lanes + j] * scalars[at[k] + i]

@@ -78,7 +78,7 @@ void CheckMatrix(const Kernels& kernels, unsigned seed) {
       scales[r * outputs + o] = scale;
     }
   }
-  for (const Precision precision : {Precision::kExact, Precision::kTables}) {
+  for (const Precision precision : {Precision::kExact, Precision::kEntries, Precision::kTables}) {
     const Matrix matrix(node.View(), node.perm, transposed, precision, kernels);
     Guarded out(rows * outputs, 0);
     Call call = {.x = x.data(),
@@ -172,7 +172,7 @@ void CheckConv(const Kernels& kernels, unsigned seed) {
     sums[i] = sum;
     scales[i] = scale;
   }
-  for (const Precision precision : {Precision::kExact, Precision::kTables}) {
+  for (const Precision precision : {Precision::kExact, Precision::kEntries, Precision::kTables}) {
     const Conv conv(node.View(), node.perm, node.strides, node.dilations, node.pads, node.group, precision, kernels);
     const Dims expected = {shape[0], o, static_cast<std::int64_t>(out_size[0]), static_cast<std::int64_t>(out_size[1])};
     if (conv.OutputShape(shape) != expected) return Fail(kernels, node.sample, "Conv has a wrong shape");

@@ -10,6 +10,7 @@
 #include <span>
 #include <vector>
 
+#include "entries.h"
 #include "kernels.h"
 #include "lookup.h"
 #include "tasks.h"
@@ -32,8 +33,8 @@ struct Call {
 };
 
 // What a layer may do to be fast: kFast allows tables of 16 bits, kAuto only where their error is small; kTables takes
-// them wherever there can be some, for checks.
-enum class Precision { kAuto, kExact, kFast, kTables };
+// them wherever there can be some, and kEntries those in float32, for checks.
+enum class Precision { kAuto, kExact, kFast, kTables, kEntries };
 
 // Products of numbers that a processor with tables does in a cycle otherwise, about.
 constexpr double kProductsInCycle = 29.0;
@@ -51,16 +52,27 @@ class Matrix {
   void Run(const Call& call, std::size_t rows, const Tasks& tasks) const;
 
  private:
+  double ExactProducts(std::size_t rows) const;
+  double EntriesProducts(std::size_t rows) const;
+  bool ByTables(std::size_t rows) const;
   void RunExact(const Call& call, std::size_t rows, const Tasks& tasks) const;
   void RunDots(const Call& call, std::size_t rows, const Tasks& tasks) const;
   void RunFewRows(const Call& call, std::size_t rows, const Tasks& tasks) const;
   void RunManyRows(const Call& call, std::size_t rows, const Tasks& tasks) const;
+  struct Cut;
+  void RunEntries(const Call& call, std::size_t rows, const Tasks& tasks) const;
+  void SumEntries(const Call& call, std::size_t rows, const Cut& cut, std::size_t first_tile, std::size_t tiles,
+                  std::size_t piece, std::size_t part, float* sums, Scratch& scratch) const;
+  void FinishEntries(const Call& call, std::size_t rows, const Cut& cut, std::size_t tile, std::size_t output,
+                     std::size_t count, const float* sums, float* room) const;
   void FinishRow(const Call& call, std::size_t row, std::size_t output, std::size_t count, const float* sums) const;
 
   const Kernels* kernels_;
   Weight weight_;
   std::optional<Lookup> lookup_;
-  bool few_by_tables_ = false, many_by_tables_ = false;  // rows that are computed so
+  double lookup_products_ = std::numeric_limits<double>::infinity();  // a row, about
+  std::optional<Entries> entries_;
+  double entries_products_ = 0.0;  // the same
 };
 
 // A convolution of one or two axes.

@@ -1,5 +1,7 @@
 // Products with a coded matrix in float32.
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "linear.h"
 #include "scratch.h"
@@ -51,25 +53,43 @@ Matrix::Matrix(const Inputs& inputs, std::span<const std::int64_t> perm, bool tr
                const Kernels& kernels)
     : kernels_(&kernels), weight_(inputs, perm, transposed ? 0 : 1, kernels) {
   if (weight_.shape().size() != 2) throw Invalid("the weight is " + Text(weight_.shape()) + "; it must have 2 axes");
-  if (precision == Precision::kExact || !Lookup::Possible(weight_, 1, kernels)) return;
+  if (Entries::Possible(weight_, 1)) {
+    entries_.emplace(weight_, 1, kernels);
+    entries_products_ = precision == Precision::kEntries ? 0.0 : Entries::Products(weight_, 1, 1.0, 1.0);
+  }
+  if (precision == Precision::kExact || precision == Precision::kEntries) return;
+  if (!Lookup::Possible(weight_, 1, kernels)) return;
+  const bool always = precision == Precision::kTables;
+  lookup_products_ = always ? 0.0 : Lookup::Cycles(weight_, 1, 1.0, 1.0) * kProductsInCycle;
+  if (!ByTables(1) && !ByTables(kFewRows + 1)) return;
+  lookup_.emplace(weight_, static_cast<const std::uint8_t*>(inputs.codes.data), std::vector<size_t>{0}, kernels);
+  if (!always && !lookup_->Allowed(precision == Precision::kFast)) lookup_.reset();
+}
+
+// Of the kernels that multiply, in products. Four rows that are not alone are computed without decoding.
+double Matrix::ExactProducts(size_t rows) const {
   constexpr double kFewWordsCode = 0.15, kCode = 0.6;  // cycles that a dot product takes for each code
   const Coded& m = weight_.coded();
-  const bool always = precision == Precision::kTables;
-  const auto products = static_cast<double>(weight_.outputs() * weight_.depth());
-  const auto codes = static_cast<double>(weight_.outputs() * Ceil(weight_.depth(), m.width) * m.stages);
-  const double cycles = Lookup::Cycles(weight_, 1, 1.0, 1.0);
-  few_by_tables_ = always || cycles < codes * (kernels.dot_has_tables(m) ? kFewWordsCode : kCode);
-  many_by_tables_ = always || cycles < products / kProductsInCycle;
-  if (!few_by_tables_ && !many_by_tables_) return;
-  lookup_.emplace(weight_, static_cast<const std::uint8_t*>(inputs.codes.data), std::vector<size_t>{0}, kernels);
-  if (always || lookup_->Allowed(precision == Precision::kFast)) return;
-  lookup_.reset();
-  few_by_tables_ = many_by_tables_ = false;
+  const auto outputs = static_cast<double>(weight_.outputs()), depth = static_cast<double>(weight_.depth());
+  const double codes = outputs * std::ceil(depth / static_cast<double>(m.width)) * static_cast<double>(m.stages);
+  if (rows > kMostDots || !weight_.by_output()) return static_cast<double>(rows) * outputs * depth;
+  return static_cast<double>(rows) * codes * (kernels_->dot_has_tables(m) ? kFewWordsCode : kCode) * kProductsInCycle;
+}
+
+double Matrix::EntriesProducts(size_t rows) const {
+  if (!entries_) return std::numeric_limits<double>::infinity();
+  const size_t lanes = kernels_->row_lanes;
+  return entries_products_ * static_cast<double>(Ceil(rows, lanes) * lanes);
+}
+
+bool Matrix::ByTables(size_t rows) const {
+  return static_cast<double>(rows) * lookup_products_ < std::min(ExactProducts(rows), EntriesProducts(rows));
 }
 
 void Matrix::Run(const Call& call, size_t rows, const Tasks& tasks) const {
-  const bool by_tables = rows <= kFewRows ? few_by_tables_ : many_by_tables_;
-  if (!by_tables || !lookup_->Suits(call.x, rows * weight_.depth())) return RunExact(call, rows, tasks);
+  if (!lookup_ || !ByTables(rows) || !lookup_->Suits(call.x, rows * weight_.depth())) {
+    return EntriesProducts(rows) < ExactProducts(rows) ? RunEntries(call, rows, tasks) : RunExact(call, rows, tasks);
+  }
   if (rows <= kFewRows) return RunFewRows(call, rows, tasks);
   RunManyRows(call, rows, tasks);
 }

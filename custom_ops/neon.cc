@@ -54,6 +54,22 @@ using Narrow = Wide;
 
 inline std::uint64_t LoadEight(const std::uint8_t* p) { return vget_lane_u64(vreinterpret_u64_u8(vld1_u8(p)), 0); }
 
+inline void TurnEight(const std::uint64_t (&rows)[8], std::uint8_t* out, std::size_t stride) {
+  const auto pair = [&](std::size_t i) {  // bytes of two rows in turn
+    const uint8x8x2_t both = vzip_u8(vcreate_u8(rows[i]), vcreate_u8(rows[i + 1]));
+    return vreinterpretq_u16_u8(vcombine_u8(both.val[0], both.val[1]));
+  };
+  const uint16x8x2_t low = vzipq_u16(pair(0), pair(2)), high = vzipq_u16(pair(4), pair(6));
+  for (std::size_t i = 0; i < 2; ++i) {
+    const uint32x4x2_t all = vzipq_u32(vreinterpretq_u32_u16(low.val[i]), vreinterpretq_u32_u16(high.val[i]));
+    for (std::size_t j = 0; j < 2; ++j) {
+      const uint8x16_t two = vreinterpretq_u8_u32(all.val[j]);
+      vst1_u8(out + (4 * i + 2 * j) * stride, vget_low_u8(two));
+      vst1_u8(out + (4 * i + 2 * j + 1) * stride, vget_high_u8(two));
+    }
+  }
+}
+
 inline void UnpackOctet(std::uint64_t window, std::size_t bits, std::uint8_t* out) {
   const std::uint64_t mask = (std::uint64_t{1} << bits) - 1;
   for (std::size_t i = 0; i < kOctet; ++i) out[i] = static_cast<std::uint8_t>(window >> (i * bits) & mask);
@@ -137,6 +153,11 @@ const Kernels kNeon = {.name = "neon",
                        .decode_panel = DecodePanel,
                        .dot = DotProducts,
                        .dot_has_tables = HasTables<ProductTable>,
+                       .row_lanes = Wide::kLanes,
+                       .few_row_lanes = Middle::kLanes,
+                       .code_lines = CodeLines,
+                       .build_entries = BuildEntry,
+                       .sum_entries = SumEntry,
                        .tile_lanes = kTileLanes,
                        .tile_count = kTileCount,
                        .tile_windows = TileWindows,

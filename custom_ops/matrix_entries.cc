@@ -1,0 +1,125 @@
+// Products of many rows with a coded matrix by tables of entries.
+#include <algorithm>
+
+#include "linear.h"
+#include "scratch.h"
+#include "split.h"
+
+namespace vqonnx {
+namespace {
+
+using std::size_t;
+
+constexpr size_t kParts = 8;           // of the inputs, where there are few rows: a fixed number
+constexpr size_t kPieceStrips = 64;    // of outputs, whose sums stay near
+constexpr size_t kNearFloats = 65536;  // of sums, for which codes are brought in order once
+constexpr size_t kFinishStrips = 16;
+
+}  // namespace
+
+// How the work is cut: a tile is as many rows as a vector has lanes.
+struct Matrix::Cut {
+  Cut(const Entries& entries, size_t rows)
+      : lanes(entries.lanes(rows)),
+        tiles(Ceil(rows, lanes)),
+        parts(tiles >= kParts ? 1 : std::clamp<size_t>(entries.blocks() / Entries::kLineBlocks, 1, Ceil(kParts, tiles))),
+        pieces(Ceil(entries.strips(), kPieceStrips)),
+        piece_strips(Ceil(entries.strips(), pieces)),
+        sums_floats(piece_strips * kStripRows * lanes),
+        batch(std::max<size_t>(1, std::min(kNearFloats / sums_floats, tiles / kParts))) {}
+
+  size_t lanes, tiles, parts;
+  size_t pieces, piece_strips;  // of outputs
+  size_t sums_floats;           // of a tile and piece
+  size_t batch;                 // tiles that a task takes
+};
+
+// A batch of tiles, one piece of the outputs and one part of the inputs: sums [tile][output][lane].
+void Matrix::SumEntries(const Call& call, size_t rows, const Cut& cut, size_t first_tile, size_t tiles, size_t piece,
+                        size_t part, float* sums, Scratch& scratch) const {
+  const Entries& entries = *entries_;
+  const size_t depth = weight_.depth(), lanes = cut.lanes, width = entries.width();
+  const size_t strip = piece * cut.piece_strips, strips = std::min(cut.piece_strips, entries.strips() - strip);
+  auto* turned = scratch.Take<float>(Entries::kLineBlocks * width * lanes);
+  auto* tables = scratch.Take<float>(entries.TableFloats(lanes));
+  auto* room = scratch.Take<std::uint8_t>(Entries::LineBytes(strips));
+  const Part chunks = PartOf(Ceil(entries.blocks(), Entries::kLineBlocks), cut.parts, part);
+  for (size_t chunk = chunks.begin; chunk < chunks.begin + chunks.size; ++chunk) {
+    const size_t block = chunk * Entries::kLineBlocks, blocks = std::min(Entries::kLineBlocks, entries.blocks() - block);
+    const size_t col = block * width, cols = std::min(blocks * width, depth - col);
+    for (size_t stage = 0; stage < entries.stages(); ++stage) {
+      const Entries::Lines lines = entries.Read(call.codes, stage, 0, block, strip, strips, room);
+      for (size_t t = 0; t < tiles; ++t) {
+        const size_t row = (first_tile + t) * lanes, its_rows = std::min(lanes, rows - row);
+        if (its_rows < lanes) std::fill_n(turned, cols * lanes, 0.0F);
+        kernels_->transpose(call.x + row * depth + col, depth, its_rows, cols, turned, lanes);
+        for (size_t i = 0; i < blocks; i += kMostEntryTables) {
+          const size_t count = std::min(kMostEntryTables, blocks - i);
+          entries.Build(stage, block + i, count, turned + i * width * lanes, lanes, lanes, tables);
+          const bool add = chunk > chunks.begin || stage > 0 || i > 0;
+          entries.Sum(lines, i, count, tables, lanes, {sums + t * cut.sums_floats, lanes, strips, add});
+        }
+      }
+    }
+  }
+}
+
+// Sums [output][lane] of the outputs from `output` on, to rows of the output. `room` has as many floats.
+void Matrix::FinishEntries(const Call& call, size_t rows, const Cut& cut, size_t tile, size_t output, size_t count,
+                           const float* sums, float* room) const {
+  const size_t first = tile * cut.lanes;
+  kernels_->transpose(sums, cut.lanes, count, cut.lanes, room, count);
+  for (size_t i = 0; i < std::min(cut.lanes, rows - first); ++i) {
+    FinishRow(call, first + i, output, count, room + i * count);
+  }
+}
+
+void Matrix::RunEntries(const Call& call, size_t rows, const Tasks& tasks) const {
+  if (rows == 0) return;
+  const Entries& entries = *entries_;
+  const Cut cut(entries, rows);
+  const size_t batches = Ceil(cut.tiles, cut.batch), piece_outputs = cut.piece_strips * kStripRows;
+  const size_t task_bytes = Scratch::Room<float>(Entries::kLineBlocks * entries.width() * cut.lanes) +
+                            Scratch::Room<float>(entries.TableFloats(cut.lanes)) +
+                            Scratch::Room<std::uint8_t>(Entries::LineBytes(cut.piece_strips));
+  if (cut.parts == 1) {
+    tasks.Each(batches * cut.pieces, [&](size_t task) {
+      const Part its = PartOf(cut.tiles, batches, task / cut.pieces);
+      const size_t piece = task % cut.pieces;
+      Scratch scratch(Use::kTask, task_bytes + Scratch::Room<float>(cut.batch * cut.sums_floats) +
+                                      Scratch::Room<float>(cut.sums_floats));
+      auto* sums = scratch.Take<float>(cut.batch * cut.sums_floats);
+      auto* room = scratch.Take<float>(cut.sums_floats);
+      SumEntries(call, rows, cut, its.begin, its.size, piece, 0, sums, scratch);
+      const size_t output = piece * piece_outputs, count = std::min(piece_outputs, outputs() - output);
+      for (size_t t = 0; t < its.size; ++t) {
+        FinishEntries(call, rows, cut, its.begin + t, output, count, sums + t * cut.sums_floats, room);
+      }
+    });
+    return;
+  }
+  const size_t tile_pieces = cut.tiles * cut.pieces;
+  Scratch all(Use::kRun, Scratch::Room<float>(cut.parts * tile_pieces * cut.sums_floats));
+  auto* sums = all.Take<float>(cut.parts * tile_pieces * cut.sums_floats);
+  tasks.Each(cut.parts * tile_pieces, [&](size_t task) {
+    const size_t part = task % cut.parts, tile = task / cut.parts / cut.pieces, piece = task / cut.parts % cut.pieces;
+    Scratch scratch(Use::kTask, task_bytes);
+    SumEntries(call, rows, cut, tile, 1, piece, part, sums + task * cut.sums_floats, scratch);
+  });
+  const size_t finishes = Ceil(cut.piece_strips, kFinishStrips);
+  tasks.Each(tile_pieces * finishes, [&](size_t task) {
+    const size_t tile_piece = task / finishes, tile = tile_piece / cut.pieces, piece = tile_piece % cut.pieces;
+    const size_t skip = task % finishes * kFinishStrips * kStripRows, output = piece * piece_outputs + skip;
+    const size_t end = std::min((piece + 1) * piece_outputs, outputs());
+    if (output >= end) return;
+    const size_t count = std::min(end - output, kFinishStrips * kStripRows), floats = count * cut.lanes;
+    Scratch scratch(Use::kTask, 2 * Scratch::Room<float>(floats));
+    auto* total = scratch.Take<float>(floats);
+    auto* room = scratch.Take<float>(floats);
+    kernels_->add_up(sums + tile_piece * cut.parts * cut.sums_floats + skip * cut.lanes, cut.sums_floats, cut.parts,
+                     floats, total);
+    FinishEntries(call, rows, cut, tile, output, count, total, room);
+  });
+}
+
+}  // namespace vqonnx
