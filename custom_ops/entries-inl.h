@@ -34,29 +34,39 @@ void CodeLines(const Coded& m, std::size_t stage, std::size_t row, std::size_t g
   }
 }
 
-// kCols: of a block, or 0 for any number.
+// The entries of some words at once, so that their sums need not wait for each other. kCols: of a block, or 0 for any
+// number.
+template <class F, std::size_t kCols, std::size_t kAtOnce>
+VQONNX_INLINE void BuildWords(const BuildEntries& b, std::size_t word, const decltype(F::Set(0.0F)) (&x)[kCols + 1]) {
+  using V = decltype(F::Set(0.0F));
+  const float* values = b.book + word * b.width;
+  V sums[kAtOnce];
+  const auto first = kCols > 0 ? x[0] : F::Load(b.x);
+  VQONNX_UNROLL
+  for (std::size_t w = 0; w < kAtOnce; ++w) sums[w] = F::Mul(first, F::Set(values[w * b.width]));
+  const auto add = [&](std::size_t k, V value) {
+    VQONNX_UNROLL
+    for (std::size_t w = 0; w < kAtOnce; ++w) sums[w] = F::MulAdd(value, F::Set(values[w * b.width + k]), sums[w]);
+  };
+  if constexpr (kCols > 0) {
+    VQONNX_UNROLL
+    for (std::size_t k = 1; k < kCols; ++k) add(k, x[k]);
+  } else {
+    for (std::size_t k = 1; k < b.cols; ++k) add(k, F::Load(b.x + k * b.x_stride));
+  }
+  VQONNX_UNROLL
+  for (std::size_t w = 0; w < kAtOnce; ++w) F::Store(b.entries + (word + w) * F::kLanes, sums[w]);
+}
+
 template <class F, std::size_t kCols>
 void BuildEntriesOf(const BuildEntries& b) {
-  using V = decltype(F::Set(0.0F));
-  if constexpr (kCols > 0) {
-    V x[kCols];
-    VQONNX_UNROLL
-    for (std::size_t k = 0; k < kCols; ++k) x[k] = F::Load(b.x + k * b.x_stride);
-    for (std::size_t word = 0; word < b.words; ++word) {
-      const float* values = b.book + word * b.width;
-      V sum = F::Mul(x[0], F::Set(values[0]));
-      VQONNX_UNROLL
-      for (std::size_t k = 1; k < kCols; ++k) sum = F::MulAdd(x[k], F::Set(values[k]), sum);
-      F::Store(b.entries + word * F::kLanes, sum);
-    }
-  } else {
-    for (std::size_t word = 0; word < b.words; ++word) {
-      const float* values = b.book + word * b.width;
-      V sum = F::Mul(F::Load(b.x), F::Set(values[0]));
-      for (std::size_t k = 1; k < b.cols; ++k) sum = F::MulAdd(F::Load(b.x + k * b.x_stride), F::Set(values[k]), sum);
-      F::Store(b.entries + word * F::kLanes, sum);
-    }
-  }
+  decltype(F::Set(0.0F)) x[kCols + 1];
+  VQONNX_UNROLL
+  for (std::size_t k = 0; k < kCols; ++k) x[k] = F::Load(b.x + k * b.x_stride);
+  constexpr std::size_t kAtOnce = 4;
+  std::size_t word = 0;
+  for (; word + kAtOnce <= b.words; word += kAtOnce) BuildWords<F, kCols, kAtOnce>(b, word, x);
+  for (; word < b.words; ++word) BuildWords<F, kCols, 1>(b, word, x);
 }
 
 template <class F>
@@ -79,45 +89,62 @@ void BuildEntry(const BuildEntries& b) {
   b.lanes == Wide::kLanes ? BuildEntriesFor<Wide>(b) : BuildEntriesFor<Middle>(b);
 }
 
-template <class F, std::size_t kTables>
-void SumEntriesOf(const SumEntries& s) {
-  const std::size_t table = s.words * F::kLanes;
-  float* sums = s.sums;
-  for (std::size_t strip = 0; strip < s.strips; ++strip) {
-    for (std::size_t r = 0; r < kStripRows; r += 8, sums += 8 * s.pitch) {
-      std::uint64_t eight[kTables];
-      VQONNX_UNROLL
-      for (std::size_t t = 0; t < kTables; ++t) eight[t] = LoadEight(s.codes[t] + strip * s.strip_bytes + r);
-      VQONNX_UNROLL
-      for (std::size_t i = 0; i < 8; ++i) {
-        auto sum = F::Load(s.entries + (eight[0] >> (8 * i) & 255) * F::kLanes);
-        VQONNX_UNROLL
-        for (std::size_t t = 1; t < kTables; ++t) {
-          sum = F::Add(sum, F::Load(s.entries + t * table + (eight[t] >> (8 * i) & 255) * F::kLanes));
-        }
-        float* to = sums + i * s.pitch;
-        F::Store(to, s.add ? F::Add(F::Load(to), sum) : sum);
-      }
-    }
-  }
+// Byte `i` of eight, times kFactor floats, in bytes: both shifts are one.
+template <std::size_t kFactor>
+VQONNX_INLINE std::size_t ByteTimes(std::uint64_t eight, std::size_t i) {
+  constexpr std::size_t kBytes = kFactor * sizeof(float);
+  constexpr std::size_t kShift = kBytes == 4 ? 2 : kBytes == 16 ? 4 : kBytes == 32 ? 5 : 6;
+  static_assert(kBytes == std::size_t{1} << kShift);
+  const std::uint64_t shifted = 8 * i < kShift ? eight << (kShift - 8 * i) : eight >> (8 * i - kShift);
+  return static_cast<std::size_t>(shifted & 255 * kBytes);
 }
 
 template <class F>
-void SumEntriesFor(const SumEntries& s) {
-  switch (s.tables) {
-    case 1:
-      return SumEntriesOf<F, 1>(s);
-    case 2:
-      return SumEntriesOf<F, 2>(s);
-    case 3:
-      return SumEntriesOf<F, 3>(s);
-    default:
-      return SumEntriesOf<F, 4>(s);
+VQONNX_INLINE auto LoadAt(const float* from, std::size_t bytes) {
+  return F::Load(reinterpret_cast<const float*>(reinterpret_cast<const std::uint8_t*>(from) + bytes));
+}
+
+template <class F, std::size_t kTables, bool kAdd>
+void SumEntriesOf(const SumEntries& s) {
+  const std::size_t pitch = s.pitch, strip_bytes = s.strip_bytes;
+  const float* entries = s.entries;
+  const std::uint8_t* codes[kTables];
+  VQONNX_UNROLL
+  for (std::size_t t = 0; t < kTables; ++t) codes[t] = s.codes[t];
+  float* sums = s.sums;
+  for (std::size_t strip = 0; strip < s.strips; ++strip) {
+    VQONNX_UNROLL
+    for (std::size_t t = 0; t < kTables; ++t) VQONNX_FETCH(codes[t] + 8 * strip_bytes);
+    for (std::size_t r = 0; r < kStripRows; r += 8, sums += 8 * pitch) {
+      std::uint64_t eight[kTables];
+      VQONNX_UNROLL
+      for (std::size_t t = 0; t < kTables; ++t) eight[t] = LoadEight(codes[t] + r);
+      VQONNX_UNROLL
+      for (std::size_t i = 0; i < 8; ++i) {
+        auto sum = LoadAt<F>(entries, ByteTimes<F::kLanes>(eight[0], i));
+        VQONNX_UNROLL
+        for (std::size_t t = 1; t < kTables; ++t) {
+          sum = F::Add(sum, LoadAt<F>(entries + t * kTableWords * F::kLanes, ByteTimes<F::kLanes>(eight[t], i)));
+        }
+        float* to = sums + i * pitch;
+        F::Store(to, kAdd ? F::Add(F::Load(to), sum) : sum);
+      }
+    }
+    VQONNX_UNROLL
+    for (std::size_t t = 0; t < kTables; ++t) codes[t] += strip_bytes;
   }
 }
 
+template <class F, std::size_t kTables>
+void SumEntriesOfCount(const SumEntries& s) {
+  if constexpr (kTables > 1) {
+    if (s.tables < kTables) return SumEntriesOfCount<F, kTables - 1>(s);
+  }
+  s.add ? SumEntriesOf<F, kTables, true>(s) : SumEntriesOf<F, kTables, false>(s);
+}
+
 void SumEntry(const SumEntries& s) {
-  s.lanes == Wide::kLanes ? SumEntriesFor<Wide>(s) : SumEntriesFor<Middle>(s);
+  s.lanes == Wide::kLanes ? SumEntriesOfCount<Wide, kMostEntryTables>(s) : SumEntriesOfCount<Middle, kMostEntryTables>(s);
 }
 
 }  // namespace

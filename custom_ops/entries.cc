@@ -40,7 +40,7 @@ Entries::Lines Entries::Read(const std::uint8_t* codes, size_t stage, size_t tap
   Coded m = coded_;
   m.codes = codes;
   const size_t group = tap * tap_blocks_ + block, strip_bytes = kStripRows * m.row_bytes;
-  if (m.lanes > 1 && m.bits == 8) {
+  if (reads_stored()) {
     return {codes + (stage * m.rows / kStripRows + strip) * strip_bytes + group * kStripRows, strip_bytes};
   }
   const size_t count = std::min(kLineBlocks, tap_blocks_ - block);
@@ -61,7 +61,7 @@ void Entries::Build(size_t stage, size_t block, size_t blocks, const float* x, s
                              .width = m.width,
                              .cols = std::min(m.width, inputs_ - (block + i) * m.width),
                              .lanes = lanes,
-                             .entries = tables + i * m.words * lanes});
+                             .entries = tables + i * kTableWords * lanes});
   }
 }
 
@@ -74,7 +74,6 @@ void Entries::Sum(const Lines& lines, size_t first, size_t blocks, const float* 
                          .strip_bytes = lines.strip_bytes,
                          .entries = tables,
                          .tables = blocks,
-                         .words = coded_.words,
                          .lanes = lanes,
                          .sums = sums.sums,
                          .pitch = sums.pitch,

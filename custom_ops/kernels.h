@@ -164,9 +164,9 @@ struct SumEntries {
   // For each table, of each strip of kStripRows outputs a line of codes, `strip_bytes` apart.
   const std::uint8_t* const* codes;
   std::size_t strips, strip_bytes;
-  const float* entries;  // [tables][words][lanes]
+  const float* entries;  // [tables][kTableWords][lanes]
   std::size_t tables;    // 1 to kMostEntryTables
-  std::size_t words, lanes;
+  std::size_t lanes;
   float* sums;  // [strips * kStripRows][lanes], `pitch` apart
   std::size_t pitch;
   bool add;  // to what they hold

@@ -13,6 +13,7 @@
 #include "entries.h"
 #include "kernels.h"
 #include "lookup.h"
+#include "split.h"
 #include "tasks.h"
 #include "weight.h"
 #include "window.h"
@@ -61,8 +62,8 @@ class Matrix {
   void RunManyRows(const Call& call, std::size_t rows, const Tasks& tasks) const;
   struct Cut;
   void RunEntries(const Call& call, std::size_t rows, const Tasks& tasks) const;
-  void SumEntries(const Call& call, std::size_t rows, const Cut& cut, std::size_t first_tile, std::size_t tiles,
-                  std::size_t piece, std::size_t part, float* sums, Scratch& scratch) const;
+  void SumEntries(const Call& call, std::size_t rows, const Cut& cut, Part tiles, std::size_t piece,
+                  std::size_t part, float* sums, Scratch& scratch) const;
   void FinishEntries(const Call& call, std::size_t rows, const Cut& cut, std::size_t tile, std::size_t output,
                      std::size_t count, const float* sums, float* room) const;
   void FinishRow(const Call& call, std::size_t row, std::size_t output, std::size_t count, const float* sums) const;

@@ -10,33 +10,36 @@ namespace {
 
 using std::size_t;
 
-constexpr size_t kParts = 8;           // of the inputs, where there are few rows: a fixed number
+constexpr size_t kTasks = 8;           // at least, so that there is something for each thread
 constexpr size_t kPieceStrips = 64;    // of outputs, whose sums stay near
 constexpr size_t kNearFloats = 65536;  // of sums, for which codes are brought in order once
 constexpr size_t kFinishStrips = 16;
 
 }  // namespace
 
-// How the work is cut: a tile is as many rows as a vector has lanes.
+// How the work is cut. A tile is as many rows as a vector has lanes. It depends on sizes alone, so that results do not
+// depend on the number of threads.
 struct Matrix::Cut {
   Cut(const Entries& entries, size_t rows)
       : lanes(entries.lanes(rows)),
         tiles(Ceil(rows, lanes)),
-        parts(tiles >= kParts ? 1 : std::clamp<size_t>(entries.blocks() / Entries::kLineBlocks, 1, Ceil(kParts, tiles))),
         pieces(Ceil(entries.strips(), kPieceStrips)),
         piece_strips(Ceil(entries.strips(), pieces)),
         sums_floats(piece_strips * kStripRows * lanes),
-        batch(std::max<size_t>(1, std::min(kNearFloats / sums_floats, tiles / kParts))) {}
+        batches(Ceil(tiles, entries.reads_stored() ? 1 : std::max<size_t>(1, kNearFloats / sums_floats))),
+        batch(Ceil(tiles, batches)),
+        parts(std::clamp<size_t>(Ceil(kTasks, batches * pieces), 1, Ceil(entries.blocks(), Entries::kLineBlocks))) {}
 
-  size_t lanes, tiles, parts;
+  size_t lanes, tiles;
   size_t pieces, piece_strips;  // of outputs
   size_t sums_floats;           // of a tile and piece
-  size_t batch;                 // tiles that a task takes
+  size_t batches, batch;        // of tiles that a task takes together: most in one
+  size_t parts;                 // of the inputs
 };
 
 // A batch of tiles, one piece of the outputs and one part of the inputs: sums [tile][output][lane].
-void Matrix::SumEntries(const Call& call, size_t rows, const Cut& cut, size_t first_tile, size_t tiles, size_t piece,
-                        size_t part, float* sums, Scratch& scratch) const {
+void Matrix::SumEntries(const Call& call, size_t rows, const Cut& cut, Part tiles, size_t piece, size_t part,
+                        float* sums, Scratch& scratch) const {
   const Entries& entries = *entries_;
   const size_t depth = weight_.depth(), lanes = cut.lanes, width = entries.width();
   const size_t strip = piece * cut.piece_strips, strips = std::min(cut.piece_strips, entries.strips() - strip);
@@ -49,8 +52,8 @@ void Matrix::SumEntries(const Call& call, size_t rows, const Cut& cut, size_t fi
     const size_t col = block * width, cols = std::min(blocks * width, depth - col);
     for (size_t stage = 0; stage < entries.stages(); ++stage) {
       const Entries::Lines lines = entries.Read(call.codes, stage, 0, block, strip, strips, room);
-      for (size_t t = 0; t < tiles; ++t) {
-        const size_t row = (first_tile + t) * lanes, its_rows = std::min(lanes, rows - row);
+      for (size_t t = 0; t < tiles.size; ++t) {
+        const size_t row = (tiles.begin + t) * lanes, its_rows = std::min(lanes, rows - row);
         if (its_rows < lanes) std::fill_n(turned, cols * lanes, 0.0F);
         kernels_->transpose(call.x + row * depth + col, depth, its_rows, cols, turned, lanes);
         for (size_t i = 0; i < blocks; i += kMostEntryTables) {
@@ -78,19 +81,20 @@ void Matrix::RunEntries(const Call& call, size_t rows, const Tasks& tasks) const
   if (rows == 0) return;
   const Entries& entries = *entries_;
   const Cut cut(entries, rows);
-  const size_t batches = Ceil(cut.tiles, cut.batch), piece_outputs = cut.piece_strips * kStripRows;
+  const size_t piece_outputs = cut.piece_strips * kStripRows;
   const size_t task_bytes = Scratch::Room<float>(Entries::kLineBlocks * entries.width() * cut.lanes) +
                             Scratch::Room<float>(entries.TableFloats(cut.lanes)) +
                             Scratch::Room<std::uint8_t>(Entries::LineBytes(cut.piece_strips));
+  const size_t batch_floats = cut.batch * cut.sums_floats;
   if (cut.parts == 1) {
-    tasks.Each(batches * cut.pieces, [&](size_t task) {
-      const Part its = PartOf(cut.tiles, batches, task / cut.pieces);
+    tasks.Each(cut.batches * cut.pieces, [&](size_t task) {
+      const Part its = PartOf(cut.tiles, cut.batches, task / cut.pieces);
       const size_t piece = task % cut.pieces;
-      Scratch scratch(Use::kTask, task_bytes + Scratch::Room<float>(cut.batch * cut.sums_floats) +
-                                      Scratch::Room<float>(cut.sums_floats));
-      auto* sums = scratch.Take<float>(cut.batch * cut.sums_floats);
+      Scratch scratch(Use::kTask,
+                      task_bytes + Scratch::Room<float>(batch_floats) + Scratch::Room<float>(cut.sums_floats));
+      auto* sums = scratch.Take<float>(batch_floats);
       auto* room = scratch.Take<float>(cut.sums_floats);
-      SumEntries(call, rows, cut, its.begin, its.size, piece, 0, sums, scratch);
+      SumEntries(call, rows, cut, its, piece, 0, sums, scratch);
       const size_t output = piece * piece_outputs, count = std::min(piece_outputs, outputs() - output);
       for (size_t t = 0; t < its.size; ++t) {
         FinishEntries(call, rows, cut, its.begin + t, output, count, sums + t * cut.sums_floats, room);
@@ -98,27 +102,29 @@ void Matrix::RunEntries(const Call& call, size_t rows, const Tasks& tasks) const
     });
     return;
   }
-  const size_t tile_pieces = cut.tiles * cut.pieces;
-  Scratch all(Use::kRun, Scratch::Room<float>(cut.parts * tile_pieces * cut.sums_floats));
-  auto* sums = all.Take<float>(cut.parts * tile_pieces * cut.sums_floats);
-  tasks.Each(cut.parts * tile_pieces, [&](size_t task) {
-    const size_t part = task % cut.parts, tile = task / cut.parts / cut.pieces, piece = task / cut.parts % cut.pieces;
+  Scratch all(Use::kRun, Scratch::Room<float>(cut.batches * cut.pieces * cut.parts * batch_floats));
+  auto* sums = all.Take<float>(cut.batches * cut.pieces * cut.parts * batch_floats);
+  tasks.Each(cut.batches * cut.pieces * cut.parts, [&](size_t task) {
+    const size_t part = task % cut.parts, piece = task / cut.parts % cut.pieces;
+    const Part its = PartOf(cut.tiles, cut.batches, task / cut.parts / cut.pieces);
     Scratch scratch(Use::kTask, task_bytes);
-    SumEntries(call, rows, cut, tile, 1, piece, part, sums + task * cut.sums_floats, scratch);
+    SumEntries(call, rows, cut, its, piece, part, sums + task * batch_floats, scratch);
   });
   const size_t finishes = Ceil(cut.piece_strips, kFinishStrips);
-  tasks.Each(tile_pieces * finishes, [&](size_t task) {
-    const size_t tile_piece = task / finishes, tile = tile_piece / cut.pieces, piece = tile_piece % cut.pieces;
-    const size_t skip = task % finishes * kFinishStrips * kStripRows, output = piece * piece_outputs + skip;
-    const size_t end = std::min((piece + 1) * piece_outputs, outputs());
+  tasks.Each(cut.batches * cut.pieces * finishes, [&](size_t task) {
+    const size_t piece = task / finishes % cut.pieces, skip = task % finishes * kFinishStrips * kStripRows;
+    const Part its = PartOf(cut.tiles, cut.batches, task / finishes / cut.pieces);
+    const size_t output = piece * piece_outputs + skip, end = std::min((piece + 1) * piece_outputs, outputs());
     if (output >= end) return;
     const size_t count = std::min(end - output, kFinishStrips * kStripRows), floats = count * cut.lanes;
     Scratch scratch(Use::kTask, 2 * Scratch::Room<float>(floats));
     auto* total = scratch.Take<float>(floats);
     auto* room = scratch.Take<float>(floats);
-    kernels_->add_up(sums + tile_piece * cut.parts * cut.sums_floats + skip * cut.lanes, cut.sums_floats, cut.parts,
-                     floats, total);
-    FinishEntries(call, rows, cut, tile, output, count, total, room);
+    for (size_t t = 0; t < its.size; ++t) {
+      kernels_->add_up(sums + task / finishes * cut.parts * batch_floats + t * cut.sums_floats + skip * cut.lanes,
+                       batch_floats, cut.parts, floats, total);
+      FinishEntries(call, rows, cut, its.begin + t, output, count, total, room);
+    }
   });
 }
 
