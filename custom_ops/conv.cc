@@ -33,8 +33,24 @@ Conv::Conv(const Inputs& inputs, std::span<const std::int64_t> perm, std::span<c
   is_depthwise_ = channels_ == 1 && groups_ == weight_.outputs() &&
                   std::is_sorted(weight_.column_axes().begin() + (weight_.column_axes()[0] == 1 ? 1 : 0),
                                  weight_.column_axes().end() - (weight_.column_axes().back() == 1 ? 1 : 0));
-  if (precision != Precision::kExact && precision != Precision::kEntries && groups_ == 1)
-    PlanLookup(static_cast<const std::uint8_t*>(inputs.codes.data), precision);
+  const size_t taps = window_.kernel[0] * window_.kernel[1];
+  if (groups_ > 1 || is_depthwise_ || !HasTapsOutside()) return;
+  if (Entries::Possible(weight_, taps) && (taps == 1 ? window_.begin[0] + window_.begin[1] + window_.end[0] + window_.end[1] == 0 : window_.stride[0] * window_.stride[1] == 1)) {
+    entries_.emplace(weight_, taps, kernels);
+    entries_products_ = precision == Precision::kEntries ? 0.0 : Entries::Products(weight_, taps, 1.0, static_cast<double>(taps));
+  }
+  if (precision == Precision::kExact || precision == Precision::kEntries) return;
+  PlanLookup(static_cast<const std::uint8_t*>(inputs.codes.data), precision);
+}
+
+// Whether input channels run fastest, so that all taps can share what is made of some of them, and taps are in order.
+bool Conv::HasTapsOutside() const {
+  const std::vector<size_t>& axes = weight_.column_axes();
+  if (window_.kernel[0] * window_.kernel[1] > 1 && axes.back() != 1) return false;
+  for (size_t i = 0; i + 2 < axes.size(); ++i) {
+    if (axes[i] > axes[i + 1]) return false;
+  }
+  return true;
 }
 
 std::vector<std::int64_t> Conv::OutputShape(std::span<const std::int64_t> image) const {
@@ -92,6 +108,7 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
   if (groups_ == 1 && image_rows * image_cols == 1 && grid.direct() && weight_.by_output()) {
     return RunOnePosition(call, images, tasks);
   }
+  if (entries_ && RunEntries(call, shape, grid, tasks)) return;
   const bool positions = PrefersPositions(grid);
   const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
   const bool direct = grid.direct() && (!positions || span >= kernels_->tile_lanes);

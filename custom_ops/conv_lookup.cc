@@ -68,11 +68,6 @@ struct Conv::Room {
 
 void Conv::PlanLookup(const std::uint8_t* codes, Precision precision) {
   const size_t taps = window_.kernel[0] * window_.kernel[1];
-  // Input channels must run fastest, and blocks of them may not cross taps.
-  if (weight_.column_axes().back() != 1 && taps > 1) return;
-  for (size_t i = 0; i + 2 < weight_.column_axes().size(); ++i) {
-    if (weight_.column_axes()[i] > weight_.column_axes()[i + 1]) return;  // taps in another order
-  }
   if (!Lookup::Possible(weight_, taps, *kernels_)) return;
   // Taps whose rows and columns leave the same remainders after division by the strides serve the same inputs.
   const size_t rows = window_.Remainders(0), cols = window_.Remainders(1);

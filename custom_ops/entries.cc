@@ -11,6 +11,7 @@ using std::size_t;
 Entries::Entries(const Weight& weight, size_t taps, const Kernels& kernels)
     : kernels_(&kernels),
       coded_(weight.coded()),
+      taps_(taps),
       inputs_(weight.depth() / taps),
       tap_blocks_(Ceil(inputs_, weight.coded().width)) {}
 

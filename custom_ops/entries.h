@@ -29,6 +29,7 @@ class Entries {
     return positions <= kernels_->few_row_lanes ? kernels_->few_row_lanes : kernels_->row_lanes;
   }
   std::size_t strips() const { return (coded_.rows + kStripRows - 1) / kStripRows; }
+  std::size_t taps() const { return taps_; }
   std::size_t blocks() const { return tap_blocks_; }  // of a tap
   std::size_t width() const { return coded_.width; }
   std::size_t stages() const { return coded_.stages; }
@@ -65,6 +66,7 @@ class Entries {
  private:
   const Kernels* kernels_;
   Coded coded_;                      // without codes
+  std::size_t taps_;
   std::size_t inputs_, tap_blocks_;  // of a tap
 };
 

@@ -101,6 +101,15 @@ class Conv {
   void RunOnePosition(const Call& call, std::size_t images, const Tasks& tasks) const;
   void RunDepthwise(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
   bool PrefersPositions(const Grid& grid) const;
+  struct Line;
+  bool PaysEntries(const Line& line, const Grid& grid) const;
+  // False: it does not pay, and the output is still to be computed.
+  bool RunEntries(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
+  void SumLine(const Call& call, const float* image, std::size_t plane, const Line& line, std::size_t band,
+               std::size_t piece, float* out) const;
+  void FinishLine(const Call& call, const Line& line, std::size_t image, std::size_t first, std::size_t count,
+                  const float* sums) const;
+  bool HasTapsOutside() const;
   void PlanLookup(const std::uint8_t* codes, Precision precision);
   void RunExact(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
   // False: the inputs do not suit lookups, and the output is still to be computed.
@@ -115,6 +124,8 @@ class Conv {
   Window window_;
   std::size_t groups_ = 1, channels_ = 0;  // channels of one group
   bool is_depthwise_ = false;              // and its taps are in order
+  std::optional<Entries> entries_;
+  double entries_products_ = 0.0;  // for an input position, about
   std::optional<Lookup> lookup_;
   std::vector<std::array<std::size_t, 2>> tap_remainders_;  // of each tap class: those of its taps' rows and columns
   std::vector<std::array<std::size_t, 2>> set_steps_;  // of each set's tap: outputs that it lies behind the first tap

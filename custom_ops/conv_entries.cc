@@ -1,0 +1,211 @@
+// Convolutions by tables of entries. The tables of as many input positions as a vector has lanes serve all taps: what
+// they yield is added to the outputs that lie around them.
+#include <algorithm>
+
+#include "border.h"
+#include "linear.h"
+#include "scratch.h"
+#include "split.h"
+
+namespace vqonnx {
+namespace {
+
+using std::size_t;
+
+constexpr size_t kNearFloats = 131072;    // of sums that a task adds to
+constexpr size_t kPieceStrips = 32;       // of outputs that it computes
+constexpr size_t kImagesFloats = 1 << 20;  // of sums of images that are computed together
+constexpr size_t kFinishOutputs = 16;
+
+}  // namespace
+
+// An image as one line: its rows one after the other, `pitch` apart, so that what a tap adds to the output that belongs
+// to an input lies a fixed way from it, `Step(tap)`. Between rows there is room for what pads would add, which nobody
+// wants. A band is a part of the line, whose inputs reach `range` outputs more than they are. Its inputs are dealt out
+// to the lanes of vectors: lane l has inputs [l * length, (l + 1) * length), and so have the outputs, where lanes reach
+// into each other until they are added up.
+struct Conv::Line {
+  Line(const Window& window, const Grid& grid, size_t image_rows, size_t image_cols, size_t strips,
+       const Kernels& kernels)
+      : window(window), out_cols(grid.out_cols), out_rows(grid.out_rows), image_cols(image_cols) {
+    const bool strided = window.kernel[0] * window.kernel[1] == 1;
+    stride = strided ? window.stride : std::array<size_t, 2>{1, 1};
+    rows = Ceil(image_rows, stride[0]);
+    cols = Ceil(image_cols, stride[1]);
+    pitch = cols + std::max(window.begin[1], window.end[1]);
+    positions = rows * pitch;
+    before = static_cast<std::ptrdiff_t>((window.Reach(0) - 1) * pitch + window.Reach(1) - 1) -
+             static_cast<std::ptrdiff_t>(window.begin[0] * pitch + window.begin[1]);
+    range = (window.Reach(0) - 1) * pitch + window.Reach(1) - 1;
+    lanes = kernels.row_lanes;
+    pieces = Ceil(strips, kPieceStrips);
+    piece_strips = Ceil(strips, pieces);
+    const size_t near = kNearFloats / (piece_strips * kStripRows * lanes);
+    const size_t wanted = std::max({near > range ? near - range : 0, range, size_t{4}});
+    bands = std::max<size_t>(Ceil(positions, wanted * lanes), positions >= 2 * lanes ? 2 : 1);
+    length = Ceil(Ceil(positions, bands), lanes);
+    slice_floats = piece_strips * kStripRows * lanes + 16;  // not a power of two: neighbours do not share a cache set
+  }
+
+  // Where an output lies behind the first one that its input reaches.
+  size_t Step(size_t tap) const {
+    const size_t row = tap / window.kernel[1], col = tap % window.kernel[1];
+    return range - row * window.dilation[0] * pitch - col * window.dilation[1];
+  }
+  size_t slices() const { return length + range; }
+  size_t band_floats() const { return lanes * length + range; }  // of an output
+
+  // One channel's inputs of a band, zeros where there are none.
+  void Lay(const float* image, size_t begin, size_t end, float* line) const {
+    std::fill_n(line, lanes * length, 0.0F);
+    for (size_t row = begin / pitch; row * pitch < end; ++row) {
+      const size_t first = std::max(begin, row * pitch), last = std::min(end, row * pitch + cols);
+      const float* from = image + row * stride[0] * image_cols;
+      for (size_t i = first; i < last; ++i) line[i - begin] = from[(i - row * pitch) * stride[1]];
+    }
+  }
+
+  const Window& window;
+  size_t out_cols, out_rows, image_cols;
+  std::array<size_t, 2> stride;
+  size_t rows, cols, pitch, positions;
+  std::ptrdiff_t before;  // how far the first output that an input reaches lies before it
+  size_t range, lanes;
+  size_t pieces, piece_strips;
+  size_t bands, length;  // inputs of a lane
+  size_t slice_floats;
+};
+
+bool Conv::PaysEntries(const Line& line, const Grid& grid) const {
+  constexpr double kMerge = 4.0;  // what it costs to bring an output of a lane to its place
+  const auto outputs = static_cast<double>(entries_->strips() * kStripRows);
+  const auto vectors = static_cast<double>(line.bands * line.lanes);
+  const double products = vectors * (static_cast<double>(line.length) * entries_products_ +
+                                     kMerge * static_cast<double>(line.slices()) * outputs);
+  const double exact = static_cast<double>(grid.out_rows * grid.out_cols * weight_.outputs() * weight_.depth());
+  return entries_products_ == 0.0 || products < exact * Border::Share(grid);
+}
+
+// Sums of a band: for each output of a piece line.band_floats().
+void Conv::SumLine(const Call& call, const float* image, size_t plane, const Line& line, size_t band, size_t piece,
+                   float* out) const {
+  const Entries& entries = *entries_;
+  const size_t lanes = line.lanes, length = line.length, slices = line.slices(), taps = entries.taps();
+  const size_t strip = piece * line.piece_strips, strips = std::min(line.piece_strips, entries.strips() - strip);
+  const size_t x_floats = channels_ * length * lanes, sums_floats = slices * line.slice_floats;
+  Scratch scratch(Use::kTask, Scratch::Room<float>(x_floats) + Scratch::Room<float>(lanes * length) +
+                                  Scratch::Room<float>(sums_floats) + Scratch::Room<float>(lanes * slices) +
+                                  Scratch::Room<float>(Entries::TableFloats(lanes)) +
+                                  Scratch::Room<std::uint8_t>(taps * Entries::LineBytes(strips)) +
+                                  Scratch::Room<Entries::Lines>(taps));
+  auto* x = scratch.Take<float>(x_floats);
+  auto* laid = scratch.Take<float>(lanes * length);
+  auto* sums = scratch.Take<float>(sums_floats);
+  auto* turned = scratch.Take<float>(lanes * slices);
+  auto* tables = scratch.Take<float>(Entries::TableFloats(lanes));
+  auto* room = scratch.Take<std::uint8_t>(taps * Entries::LineBytes(strips));
+  auto* lines = scratch.Take<Entries::Lines>(taps);
+  const size_t begin = band * length * lanes, end = std::min(begin + length * lanes, line.positions);
+  for (size_t c = 0; c < channels_; ++c) {
+    line.Lay(image + c * plane, begin, end, laid);
+    kernels_->transpose(laid, length, lanes, length, x + c * length * lanes, lanes);
+  }
+  std::fill_n(sums, sums_floats, 0.0F);
+  for (size_t first = 0; first < entries.blocks(); first += Entries::kLineBlocks) {
+    const size_t blocks = std::min(Entries::kLineBlocks, entries.blocks() - first);
+    for (size_t stage = 0; stage < entries.stages(); ++stage) {
+      for (size_t tap = 0; tap < taps; ++tap) {
+        lines[tap] =
+            entries.Read(call.codes, stage, tap, first, strip, strips, room + tap * Entries::LineBytes(strips));
+      }
+      for (size_t j = 0; j < length; ++j) {
+        for (size_t i = 0; i < blocks; i += kMostEntryTables) {
+          const size_t count = std::min(kMostEntryTables, blocks - i), block = first + i;
+          entries.Build(stage, block, count, x + (block * entries.width() * length + j) * lanes, length * lanes, lanes,
+                        tables);
+          for (size_t tap = 0; tap < taps; ++tap) {
+            entries.Sum(lines[tap], i, count, tables, lanes,
+                        {sums + (j + line.Step(tap)) * line.slice_floats, lanes, strips, true});
+          }
+        }
+      }
+    }
+  }
+  const size_t outputs = std::min(strips * kStripRows, weight_.outputs() - strip * kStripRows);
+  for (size_t output = 0; output < outputs; ++output, out += line.band_floats()) {
+    kernels_->transpose(sums + output * lanes, line.slice_floats, slices, lanes, turned, slices);
+    std::fill_n(out, line.band_floats(), 0.0F);
+    for (size_t lane = 0; lane < lanes; ++lane) {
+      float* to = out + lane * length;
+      const float* from = turned + lane * slices;
+      for (size_t i = 0; i < slices; ++i) to[i] += from[i];
+    }
+  }
+}
+
+// Outputs from `first` on, of whom each band has some sums: brought together and finished.
+void Conv::FinishLine(const Call& call, const Line& line, size_t image, size_t first, size_t count,
+                      const float* sums) const {
+  const size_t wanted = line.out_rows * line.pitch, out_plane = line.out_rows * line.out_cols;
+  const size_t piece_outputs = line.piece_strips * kStripRows;
+  Scratch scratch(Use::kTask, Scratch::Room<float>(count * wanted));
+  auto* total = scratch.Take<float>(count * wanted);
+  std::fill_n(total, count * wanted, 0.0F);
+  for (size_t band = 0; band < line.bands; ++band) {
+    const float* its_sums = sums + (band * line.pieces + first / piece_outputs) * piece_outputs * line.band_floats();
+    const auto place = static_cast<std::ptrdiff_t>(band * line.length * line.lanes) - line.before;
+    const auto begin = std::max<std::ptrdiff_t>(place, 0);
+    const auto end =
+        std::min(place + static_cast<std::ptrdiff_t>(line.band_floats()), static_cast<std::ptrdiff_t>(wanted));
+    for (size_t i = 0; i < count; ++i) {
+      const float* from = its_sums + (first % piece_outputs + i) * line.band_floats();
+      for (std::ptrdiff_t p = begin; p < end; ++p) total[static_cast<std::ptrdiff_t>(i * wanted) + p] += from[p - place];
+    }
+  }
+  const bool whole = line.pitch == line.out_cols;
+  for (size_t row = 0; row < (whole ? 1 : line.out_rows); ++row) {
+    const size_t at = (image * weight_.outputs() + first) * out_plane + row * line.out_cols;
+    kernels_->finish_rows({.sums = total + row * line.pitch,
+                           .pitch = wanted,
+                           .count = count,
+                           .lanes = whole ? out_plane : line.out_cols,
+                           .out = call.out + at,
+                           .addend = call.addend == nullptr ? nullptr : call.addend + at,
+                           .stride = out_plane,
+                           .scales = weight_.scales().data() + first,
+                           .bias = call.bias + first,
+                           .activation = call.activation});
+  }
+}
+
+bool Conv::RunEntries(const Call& call, std::span<const std::int64_t> shape, const Grid& grid,
+                      const Tasks& tasks) const {
+  const size_t images = static_cast<size_t>(shape[0]);
+  const size_t image_rows = shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1;
+  const size_t image_cols = static_cast<size_t>(shape.back()), plane = image_rows * image_cols;
+  if (plane == 0) return false;
+  const Line line(window_, grid, image_rows, image_cols, entries_->strips(), *kernels_);
+  if (!PaysEntries(line, grid)) return false;
+  const size_t piece_floats = line.piece_strips * kStripRows * line.band_floats();
+  const size_t image_floats = line.bands * line.pieces * piece_floats;
+  const size_t together = std::clamp<size_t>(kImagesFloats / image_floats, 1, std::max<size_t>(images, 1));
+  Scratch scratch(Use::kRun, Scratch::Room<float>(together * image_floats));
+  auto* sums = scratch.Take<float>(together * image_floats);
+  for (size_t n = 0; n < images; n += together) {
+    const size_t now = std::min(together, images - n);
+    tasks.Each(now * line.bands * line.pieces, [&](size_t task) {
+      const size_t piece = task % line.pieces, band = task / line.pieces % line.bands;
+      const size_t image = n + task / line.pieces / line.bands;
+      SumLine(call, call.x + image * channels_ * plane, plane, line, band, piece, sums + task * piece_floats);
+    });
+    const size_t parts = Ceil(weight_.outputs(), kFinishOutputs);
+    tasks.Each(now * parts, [&](size_t task) {
+      const size_t image = task / parts, first = task % parts * kFinishOutputs;
+      FinishLine(call, line, n + image, first, std::min(kFinishOutputs, weight_.outputs() - first),
+                 sums + image * image_floats);
+    });
+  }
+  return true;
+}
+
+}  // namespace vqonnx
