@@ -128,6 +128,11 @@ CASES = (
     ),
     *(Case(f"conv3x3-{c}-hwi8", "conv", (c, c, 3, size), {"fp32": goal}) for c, size, goal in _CONVS),
     *(
+        Case(f"conv3x3-{c}-hwi8-{isa}", "conv", (c, c, 3, size), isa=isa)
+        for isa in ("avx2", "avx512")
+        for c, size, _ in _CONVS
+    ),
+    *(
         Case(
             f"conv3x3-{c}-{order}{width}-exact",
             "conv",

@@ -1,6 +1,7 @@
 // Convolutions by tables of entries. The tables of as many input positions as a vector has lanes serve all taps: what
 // they yield is added to the outputs that lie around them.
 #include <algorithm>
+#include <limits>
 
 #include "border.h"
 #include "linear.h"
@@ -14,7 +15,9 @@ using std::size_t;
 
 constexpr size_t kNearFloats = 131072;    // of sums that a task adds to
 constexpr size_t kPieceStrips = 32;       // of outputs that it computes
+constexpr size_t kManyPositions = 512;    // of an image, which then has four tasks or more, and else two
 constexpr size_t kImagesFloats = 1 << 20;  // of sums of images that are computed together
+constexpr double kMerge = 4.0;            // products that it costs to bring an output of a lane to its place
 constexpr size_t kFinishOutputs = 16;
 
 }  // namespace
@@ -25,8 +28,8 @@ constexpr size_t kFinishOutputs = 16;
 // to the lanes of vectors: lane l has inputs [l * length, (l + 1) * length), and so have the outputs, where lanes reach
 // into each other until they are added up.
 struct Conv::Line {
-  Line(const Window& window, const Grid& grid, size_t image_rows, size_t image_cols, size_t strips,
-       const Kernels& kernels)
+  Line(const Window& window, const Grid& grid, size_t image_rows, size_t image_cols, const Entries& entries,
+       double input_products, const Kernels& kernels)
       : window(window), out_cols(grid.out_cols), out_rows(grid.out_rows), image_cols(image_cols) {
     const bool strided = window.kernel[0] * window.kernel[1] == 1;
     stride = strided ? window.stride : std::array<size_t, 2>{1, 1};
@@ -38,12 +41,26 @@ struct Conv::Line {
              static_cast<std::ptrdiff_t>(window.begin[0] * pitch + window.begin[1]);
     range = (window.Reach(0) - 1) * pitch + window.Reach(1) - 1;
     lanes = kernels.row_lanes;
-    pieces = Ceil(strips, kPieceStrips);
-    piece_strips = Ceil(strips, pieces);
+    pieces = Ceil(entries.strips(), kPieceStrips);
+    piece_strips = Ceil(entries.strips(), pieces);
     const size_t near = kNearFloats / (piece_strips * kStripRows * lanes);
     const size_t wanted = std::max({near > range ? near - range : 0, range, size_t{4}});
-    bands = std::max<size_t>(Ceil(positions, wanted * lanes), positions >= 2 * lanes ? 2 : 1);
-    length = Ceil(Ceil(positions, bands), lanes);
+    // Few bands share what lanes reach beyond them, many leave no lane without an input: whichever costs less.
+    const size_t tasks = positions < kManyPositions ? 2 : 4, least = Ceil(positions, wanted * lanes);
+    products = std::numeric_limits<double>::infinity();
+    for (const size_t count : {least, std::max(least, Ceil(tasks, pieces))}) {
+      const size_t its_length = Ceil(Ceil(positions, count), lanes);
+      const size_t its_parts = std::clamp<size_t>(entries.blocks() / kOctet, 1, Ceil(tasks, count * pieces));
+      const auto vectors = static_cast<double>(count * lanes), inputs = static_cast<double>(its_length);
+      const auto slices = static_cast<double>(its_parts * (its_length + range));
+      const auto outputs = static_cast<double>(entries.strips() * kStripRows);
+      const double its_products = vectors * (inputs * input_products + kMerge * slices * outputs);
+      if (its_products >= products) continue;
+      products = its_products;
+      bands = count;
+      parts = its_parts;
+      length = its_length;
+    }
     slice_floats = piece_strips * kStripRows * lanes + 16;  // not a power of two: neighbours do not share a cache set
   }
 
@@ -72,27 +89,28 @@ struct Conv::Line {
   std::ptrdiff_t before;  // how far the first output that an input reaches lies before it
   size_t range, lanes;
   size_t pieces, piece_strips;
-  size_t bands, length;  // inputs of a lane
+  size_t bands = 0, length = 0;  // inputs of a lane
+  size_t parts = 0;              // of the input channels, each with sums of its own
+  double products;               // that all of it costs, about
   size_t slice_floats;
 };
 
 bool Conv::PaysEntries(const Line& line, const Grid& grid) const {
-  constexpr double kMerge = 4.0;  // what it costs to bring an output of a lane to its place
-  const auto outputs = static_cast<double>(entries_->strips() * kStripRows);
-  const auto vectors = static_cast<double>(line.bands * line.lanes);
-  const double products = vectors * (static_cast<double>(line.length) * entries_products_ +
-                                     kMerge * static_cast<double>(line.slices()) * outputs);
   const double exact = static_cast<double>(grid.out_rows * grid.out_cols * weight_.outputs() * weight_.depth());
-  return entries_products_ == 0.0 || products < exact * Border::Share(grid);
+  return entries_products_ == 0.0 || line.products < exact * Border::Share(grid);
 }
 
 // Sums of a band: for each output of a piece line.band_floats().
 void Conv::SumLine(const Call& call, const float* image, size_t plane, const Line& line, size_t band, size_t piece,
-                   float* out) const {
+                   size_t part, float* out) const {
   const Entries& entries = *entries_;
   const size_t lanes = line.lanes, length = line.length, slices = line.slices(), taps = entries.taps();
   const size_t strip = piece * line.piece_strips, strips = std::min(line.piece_strips, entries.strips() - strip);
-  const size_t x_floats = channels_ * length * lanes, sums_floats = slices * line.slice_floats;
+  const Part octets = PartOf(Ceil(entries.blocks(), kOctet), line.parts, part);
+  const Part its_blocks = {octets.begin * kOctet, std::min(octets.size * kOctet, entries.blocks() - octets.begin * kOctet)};
+  const size_t first_channel = its_blocks.begin * entries.width();
+  const size_t channels = std::min(its_blocks.size * entries.width(), channels_ - first_channel);
+  const size_t x_floats = channels * length * lanes, sums_floats = slices * line.slice_floats;
   Scratch scratch(Use::kTask, Scratch::Room<float>(x_floats) + Scratch::Room<float>(lanes * length) +
                                   Scratch::Room<float>(sums_floats) + Scratch::Room<float>(lanes * slices) +
                                   Scratch::Room<float>(Entries::TableFloats(lanes)) +
@@ -106,13 +124,13 @@ void Conv::SumLine(const Call& call, const float* image, size_t plane, const Lin
   auto* room = scratch.Take<std::uint8_t>(taps * Entries::LineBytes(strips));
   auto* lines = scratch.Take<Entries::Lines>(taps);
   const size_t begin = band * length * lanes, end = std::min(begin + length * lanes, line.positions);
-  for (size_t c = 0; c < channels_; ++c) {
-    line.Lay(image + c * plane, begin, end, laid);
+  for (size_t c = 0; c < channels; ++c) {
+    line.Lay(image + (first_channel + c) * plane, begin, end, laid);
     kernels_->transpose(laid, length, lanes, length, x + c * length * lanes, lanes);
   }
   std::fill_n(sums, sums_floats, 0.0F);
-  for (size_t first = 0; first < entries.blocks(); first += Entries::kLineBlocks) {
-    const size_t blocks = std::min(Entries::kLineBlocks, entries.blocks() - first);
+  for (size_t done = 0; done < its_blocks.size; done += Entries::kLineBlocks) {
+    const size_t first = its_blocks.begin + done, blocks = std::min(Entries::kLineBlocks, its_blocks.size - done);
     for (size_t stage = 0; stage < entries.stages(); ++stage) {
       for (size_t tap = 0; tap < taps; ++tap) {
         lines[tap] =
@@ -120,9 +138,9 @@ void Conv::SumLine(const Call& call, const float* image, size_t plane, const Lin
       }
       for (size_t j = 0; j < length; ++j) {
         for (size_t i = 0; i < blocks; i += kMostEntryTables) {
-          const size_t count = std::min(kMostEntryTables, blocks - i), block = first + i;
-          entries.Build(stage, block, count, x + (block * entries.width() * length + j) * lanes, length * lanes, lanes,
-                        tables);
+          const size_t count = std::min(kMostEntryTables, blocks - i);
+          entries.Build(stage, first + i, count, x + ((done + i) * entries.width() * length + j) * lanes,
+                        length * lanes, lanes, tables);
           for (size_t tap = 0; tap < taps; ++tap) {
             entries.Sum(lines[tap], i, count, tables, lanes,
                         {sums + (j + line.Step(tap)) * line.slice_floats, lanes, strips, true});
@@ -136,9 +154,7 @@ void Conv::SumLine(const Call& call, const float* image, size_t plane, const Lin
     kernels_->transpose(sums + output * lanes, line.slice_floats, slices, lanes, turned, slices);
     std::fill_n(out, line.band_floats(), 0.0F);
     for (size_t lane = 0; lane < lanes; ++lane) {
-      float* to = out + lane * length;
-      const float* from = turned + lane * slices;
-      for (size_t i = 0; i < slices; ++i) to[i] += from[i];
+      kernels_->add_to(turned + lane * slices, slices, out + lane * length);
     }
   }
 }
@@ -151,15 +167,16 @@ void Conv::FinishLine(const Call& call, const Line& line, size_t image, size_t f
   Scratch scratch(Use::kTask, Scratch::Room<float>(count * wanted));
   auto* total = scratch.Take<float>(count * wanted);
   std::fill_n(total, count * wanted, 0.0F);
-  for (size_t band = 0; band < line.bands; ++band) {
-    const float* its_sums = sums + (band * line.pieces + first / piece_outputs) * piece_outputs * line.band_floats();
+  for (size_t index = 0; index < line.bands * line.parts; ++index) {
+    const size_t band = index / line.parts;
+    const float* its_sums = sums + (index * line.pieces + first / piece_outputs) * piece_outputs * line.band_floats();
     const auto place = static_cast<std::ptrdiff_t>(band * line.length * line.lanes) - line.before;
-    const auto begin = std::max<std::ptrdiff_t>(place, 0);
-    const auto end =
-        std::min(place + static_cast<std::ptrdiff_t>(line.band_floats()), static_cast<std::ptrdiff_t>(wanted));
+    const auto begin = static_cast<size_t>(std::max<std::ptrdiff_t>(place, 0));
+    const size_t skip = place < 0 ? static_cast<size_t>(-place) : 0;
+    if (begin >= wanted || skip >= line.band_floats()) continue;
     for (size_t i = 0; i < count; ++i) {
-      const float* from = its_sums + (first % piece_outputs + i) * line.band_floats();
-      for (std::ptrdiff_t p = begin; p < end; ++p) total[static_cast<std::ptrdiff_t>(i * wanted) + p] += from[p - place];
+      kernels_->add_to(its_sums + (first % piece_outputs + i) * line.band_floats() + skip,
+                       std::min(line.band_floats() - skip, wanted - begin), total + i * wanted + begin);
     }
   }
   const bool whole = line.pitch == line.out_cols;
@@ -184,19 +201,19 @@ bool Conv::RunEntries(const Call& call, std::span<const std::int64_t> shape, con
   const size_t image_rows = shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1;
   const size_t image_cols = static_cast<size_t>(shape.back()), plane = image_rows * image_cols;
   if (plane == 0) return false;
-  const Line line(window_, grid, image_rows, image_cols, entries_->strips(), *kernels_);
+  const Line line(window_, grid, image_rows, image_cols, *entries_, entries_products_, *kernels_);
   if (!PaysEntries(line, grid)) return false;
   const size_t piece_floats = line.piece_strips * kStripRows * line.band_floats();
-  const size_t image_floats = line.bands * line.pieces * piece_floats;
+  const size_t image_tasks = line.bands * line.parts * line.pieces, image_floats = image_tasks * piece_floats;
   const size_t together = std::clamp<size_t>(kImagesFloats / image_floats, 1, std::max<size_t>(images, 1));
   Scratch scratch(Use::kRun, Scratch::Room<float>(together * image_floats));
   auto* sums = scratch.Take<float>(together * image_floats);
   for (size_t n = 0; n < images; n += together) {
     const size_t now = std::min(together, images - n);
-    tasks.Each(now * line.bands * line.pieces, [&](size_t task) {
-      const size_t piece = task % line.pieces, band = task / line.pieces % line.bands;
-      const size_t image = n + task / line.pieces / line.bands;
-      SumLine(call, call.x + image * channels_ * plane, plane, line, band, piece, sums + task * piece_floats);
+    tasks.Each(now * image_tasks, [&](size_t task) {
+      const size_t image = n + task / image_tasks, piece = task % line.pieces;
+      const size_t part = task / line.pieces % line.parts, band = task % image_tasks / line.pieces / line.parts;
+      SumLine(call, call.x + image * channels_ * plane, plane, line, band, piece, part, sums + task * piece_floats);
     });
     const size_t parts = Ceil(weight_.outputs(), kFinishOutputs);
     tasks.Each(now * parts, [&](size_t task) {

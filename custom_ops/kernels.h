@@ -251,6 +251,9 @@ struct Kernels {
   // out[j] = the sum of from[i * stride + j] over i < count, in that order.
   void (*add_up)(const float* from, std::size_t stride, std::size_t count, std::size_t size, float* out);
 
+  // to[j] += from[j].
+  void (*add_to)(const float* from, std::size_t size, float* to);
+
   // Table lookup; null where the instruction set has no use for it. `quantise` rounds x * scale to the nearest
   // integers.
   Extent (*measure)(const float* x, std::size_t blocks, std::size_t width);

@@ -106,7 +106,7 @@ class Conv {
   // False: it does not pay, and the output is still to be computed.
   bool RunEntries(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
   void SumLine(const Call& call, const float* image, std::size_t plane, const Line& line, std::size_t band,
-               std::size_t piece, float* out) const;
+               std::size_t piece, std::size_t part, float* out) const;
   void FinishLine(const Call& call, const Line& line, std::size_t image, std::size_t first, std::size_t count,
                   const float* sums) const;
   bool HasTapsOutside() const;

@@ -290,6 +290,12 @@ void FinishTurned(const Finish& f) {
 
 void FinishAcross(const Finish& f) { f.activation.silu ? FinishTurned<true>(f) : FinishTurned<false>(f); }
 
+void AddTo(const float* from, std::size_t size, float* to) {
+  std::size_t j = 0;
+  for (; j + Wide::kLanes <= size; j += Wide::kLanes) Wide::Store(to + j, Wide::Add(Wide::Load(to + j), Wide::Load(from + j)));
+  for (; j < size; ++j) to[j] += from[j];
+}
+
 void AddUp(const float* from, std::size_t stride, std::size_t count, std::size_t size, float* out) {
   std::size_t j = 0;
   for (; j + Wide::kLanes <= size; j += Wide::kLanes) {
