@@ -157,6 +157,10 @@ CASES = (
         for network in NETWORKS
         for threads in (1, 2)
     ),
+    *(
+        Case(f"resnet50-hwi8-1-thread-{isa}", "network", (), network="resnet50-hwi8", isa=isa)
+        for isa in ("avx2", "avx512")
+    ),
     Case("resnet50-hwi8-memory", "memory", network="resnet50-hwi8"),
     Case("mlp-8x4096-memory", "memory", network="mlp-8x4096"),
     Case("resnet50-hwi8-loading", "loading", (), {"fp32": (1.0, 2.0)}, "resnet50-hwi8"),

@@ -17,6 +17,7 @@ constexpr size_t kNearFloats = 131072;    // of sums that a task adds to
 constexpr size_t kPieceStrips = 32;       // of outputs that it computes
 constexpr size_t kManyPositions = 512;    // of an image, which then has four tasks or more, and else two
 constexpr size_t kImagesFloats = 1 << 20;  // of sums of images that are computed together
+constexpr size_t kOneTapTasks = 4;        // at least
 constexpr double kMerge = 4.0;            // products that it costs to bring an output of a lane to its place
 constexpr size_t kFinishOutputs = 16;
 
@@ -30,11 +31,9 @@ constexpr size_t kFinishOutputs = 16;
 struct Conv::Line {
   Line(const Window& window, const Grid& grid, size_t image_rows, size_t image_cols, const Entries& entries,
        double input_products, const Kernels& kernels)
-      : window(window), out_cols(grid.out_cols), out_rows(grid.out_rows), image_cols(image_cols) {
-    const bool strided = window.kernel[0] * window.kernel[1] == 1;
-    stride = strided ? window.stride : std::array<size_t, 2>{1, 1};
-    rows = Ceil(image_rows, stride[0]);
-    cols = Ceil(image_cols, stride[1]);
+      : window(window), out_cols(grid.out_cols), out_rows(grid.out_rows) {
+    rows = image_rows;
+    cols = image_cols;
     pitch = cols + std::max(window.begin[1], window.end[1]);
     positions = rows * pitch;
     before = static_cast<std::ptrdiff_t>((window.Reach(0) - 1) * pitch + window.Reach(1) - 1) -
@@ -77,14 +76,12 @@ struct Conv::Line {
     std::fill_n(line, lanes * length, 0.0F);
     for (size_t row = begin / pitch; row * pitch < end; ++row) {
       const size_t first = std::max(begin, row * pitch), last = std::min(end, row * pitch + cols);
-      const float* from = image + row * stride[0] * image_cols;
-      for (size_t i = first; i < last; ++i) line[i - begin] = from[(i - row * pitch) * stride[1]];
+      if (first < last) std::copy_n(image + row * cols + (first - row * pitch), last - first, line + (first - begin));
     }
   }
 
   const Window& window;
-  size_t out_cols, out_rows, image_cols;
-  std::array<size_t, 2> stride;
+  size_t out_cols, out_rows;
   size_t rows, cols, pitch, positions;
   std::ptrdiff_t before;  // how far the first output that an input reaches lies before it
   size_t range, lanes;
@@ -94,11 +91,6 @@ struct Conv::Line {
   double products;               // that all of it costs, about
   size_t slice_floats;
 };
-
-bool Conv::PaysEntries(const Line& line, const Grid& grid) const {
-  const double exact = static_cast<double>(grid.out_rows * grid.out_cols * weight_.outputs() * weight_.depth());
-  return entries_products_ == 0.0 || line.products < exact * Border::Share(grid);
-}
 
 // Sums of a band: for each output of a piece line.band_floats().
 void Conv::SumLine(const Call& call, const float* image, size_t plane, const Line& line, size_t band, size_t piece,
@@ -195,14 +187,85 @@ void Conv::FinishLine(const Call& call, const Line& line, size_t image, size_t f
   }
 }
 
+// Convolutions of one tap: positions as they follow each other, of which each is an output's.
+bool Conv::RunOneTap(const Call& call, std::span<const std::int64_t> shape, const Grid& grid, const Tasks& tasks) const {
+  const Entries& entries = *entries_;
+  const size_t images = static_cast<size_t>(shape[0]), plane = static_cast<size_t>(shape.size() == 4 ? shape[2] * shape[3] : shape[2]);
+  const size_t image_cols = static_cast<size_t>(shape.back()), positions = grid.out_rows * grid.out_cols;
+  const size_t lanes = kernels_->row_lanes;
+  const size_t pieces = Ceil(entries.strips(), kPieceStrips), piece_strips = Ceil(entries.strips(), pieces);
+  const size_t slice_floats = piece_strips * kStripRows * lanes;
+  const size_t vectors = Ceil(positions, lanes), near = std::max<size_t>(1, kNearFloats / slice_floats);
+  const size_t bands = std::max(Ceil(vectors, near), std::min(vectors, Ceil(kOneTapTasks, pieces)));
+  const auto products = static_cast<double>(vectors * lanes) * entries_products_;
+  const auto exact = static_cast<double>(positions * weight_.outputs() * weight_.depth());
+  if (entries_products_ > 0.0 && products >= exact) return false;
+  tasks.Each(images * bands * pieces, [&](size_t task) {
+    const size_t piece = task % pieces, image = task / pieces / bands;
+    const Part its = PartOf(vectors, bands, task / pieces % bands);
+    const size_t strip = piece * piece_strips, strips = std::min(piece_strips, entries.strips() - strip);
+    const size_t begin = its.begin * lanes, length = its.size * lanes, end = std::min(begin + length, positions);
+    Scratch scratch(Use::kTask, Scratch::Room<float>(channels_ * length) + Scratch::Room<float>(its.size * slice_floats) +
+                                    Scratch::Room<float>(Entries::TableFloats(lanes)) +
+                                    Scratch::Room<std::uint8_t>(Entries::LineBytes(strips)));
+    auto* x = scratch.Take<float>(channels_ * length);
+    auto* sums = scratch.Take<float>(its.size * slice_floats);
+    auto* tables = scratch.Take<float>(Entries::TableFloats(lanes));
+    auto* room = scratch.Take<std::uint8_t>(Entries::LineBytes(strips));
+    for (size_t c = 0; c < channels_; ++c) {
+      const float* from = call.x + (image * channels_ + c) * plane;
+      float* to = x + c * length;
+      if (grid.direct()) {
+        std::copy(from + begin, from + end, to);
+      } else {
+        for (size_t p = begin; p < end; ++p) {
+          to[p - begin] = from[p / grid.out_cols * window_.stride[0] * image_cols + p % grid.out_cols * window_.stride[1]];
+        }
+      }
+      std::fill(to + (end - begin), to + length, 0.0F);
+    }
+    for (size_t first = 0; first < entries.blocks(); first += Entries::kLineBlocks) {
+      const size_t blocks = std::min(Entries::kLineBlocks, entries.blocks() - first);
+      for (size_t stage = 0; stage < entries.stages(); ++stage) {
+        const Entries::Lines lines = entries.Read(call.codes, stage, 0, first, strip, strips, room);
+        for (size_t j = 0; j < its.size; ++j) {
+          for (size_t i = 0; i < blocks; i += kMostEntryTables) {
+            const size_t count = std::min(kMostEntryTables, blocks - i);
+            entries.Build(stage, first + i, count, x + (first + i) * entries.width() * length + j * lanes, length, lanes,
+                          tables);
+            entries.Sum(lines, i, count, tables, lanes,
+                        {sums + j * slice_floats, lanes, strips, first + stage + i > 0});
+          }
+        }
+      }
+    }
+    const size_t output = strip * kStripRows, outputs = std::min(strips * kStripRows, weight_.outputs() - output);
+    for (size_t j = 0; j < its.size; ++j) {
+      const size_t place = (image * weight_.outputs() + output) * positions + begin + j * lanes;
+      kernels_->finish_rows({.sums = sums + j * slice_floats,
+                             .pitch = lanes,
+                             .count = outputs,
+                             .lanes = std::min(lanes, end - begin - j * lanes),
+                             .out = call.out + place,
+                             .addend = call.addend == nullptr ? nullptr : call.addend + place,
+                             .stride = positions,
+                             .scales = weight_.scales().data() + output,
+                             .bias = call.bias + output,
+                             .activation = call.activation});
+    }
+  });
+  return true;
+}
+
 bool Conv::RunEntries(const Call& call, std::span<const std::int64_t> shape, const Grid& grid,
                       const Tasks& tasks) const {
   const size_t images = static_cast<size_t>(shape[0]);
   const size_t image_rows = shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1;
   const size_t image_cols = static_cast<size_t>(shape.back()), plane = image_rows * image_cols;
-  if (plane == 0) return false;
+  if (entries_->taps() == 1) return RunOneTap(call, shape, grid, tasks);
   const Line line(window_, grid, image_rows, image_cols, *entries_, entries_products_, *kernels_);
-  if (!PaysEntries(line, grid)) return false;
+  const auto exact = static_cast<double>(grid.out_rows * grid.out_cols * weight_.outputs() * weight_.depth());
+  if (entries_products_ > 0.0 && line.products >= exact * Border::Share(grid)) return false;
   const size_t piece_floats = line.piece_strips * kStripRows * line.band_floats();
   const size_t image_tasks = line.bands * line.parts * line.pieces, image_floats = image_tasks * piece_floats;
   const size_t together = std::clamp<size_t>(kImagesFloats / image_floats, 1, std::max<size_t>(images, 1));

@@ -63,7 +63,7 @@ void BuildEntriesOf(const BuildEntries& b) {
   decltype(F::Set(0.0F)) x[kCols + 1];
   VQONNX_UNROLL
   for (std::size_t k = 0; k < kCols; ++k) x[k] = F::Load(b.x + k * b.x_stride);
-  constexpr std::size_t kAtOnce = 4;
+  constexpr std::size_t kAtOnce = 2;
   std::size_t word = 0;
   for (; word + kAtOnce <= b.words; word += kAtOnce) BuildWords<F, kCols, kAtOnce>(b, word, x);
   for (; word < b.words; ++word) BuildWords<F, kCols, 1>(b, word, x);

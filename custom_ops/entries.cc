@@ -27,13 +27,13 @@ bool Entries::Possible(const Weight& weight, size_t taps) {
 double Entries::Products(const Weight& weight, size_t taps, double positions, double lookups) {
   // Products are counted in multiplications with a whole vector, of which a processor does two in a cycle; a lookup is a
   // load, an addition, and a bit of reading codes and sums.
-  constexpr double kLookup = 2.0, kTurn = 0.5;
+  constexpr double kLookup = 2.0, kTurn = 0.3;
   const Coded& m = weight.coded();
   const auto outputs = static_cast<double>(Ceil(weight.outputs(), kStripRows) * kStripRows);
   const auto words = static_cast<double>(m.words), width = static_cast<double>(m.width);
   const auto blocks = static_cast<double>(m.stages * Ceil(weight.depth() / taps, m.width));
   const double turn = m.lanes > 1 && m.bits == 8 ? 0.0 : kTurn;
-  return blocks * (positions * words * (width + 1.0) + lookups * outputs * (kLookup + turn));
+  return blocks * (positions * words * width + lookups * outputs * (kLookup + turn));
 }
 
 Entries::Lines Entries::Read(const std::uint8_t* codes, size_t stage, size_t tap, size_t block, size_t strip,

@@ -102,9 +102,9 @@ class Conv {
   void RunDepthwise(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
   bool PrefersPositions(const Grid& grid) const;
   struct Line;
-  bool PaysEntries(const Line& line, const Grid& grid) const;
   // False: it does not pay, and the output is still to be computed.
   bool RunEntries(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
+  bool RunOneTap(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
   void SumLine(const Call& call, const float* image, std::size_t plane, const Line& line, std::size_t band,
                std::size_t piece, std::size_t part, float* out) const;
   void FinishLine(const Call& call, const Line& line, std::size_t image, std::size_t first, std::size_t count,
