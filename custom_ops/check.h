@@ -224,6 +224,7 @@ void Bench(const std::vector<const Kernels*>& tables);
 // Linear layers: their kernels, whole layers, the error of tables, and nodes that make no sense.
 void CheckLayerKernels(const Kernels& kernels, unsigned seed);
 void CheckDots(const Kernels& kernels, unsigned seed);
+void CheckEntries(const Kernels& kernels, unsigned seed);
 void CheckLayers(const Kernels& kernels, unsigned seed);
 void CheckErrors(const Kernels& kernels);
 void CheckSizes(const Kernels& kernels);

@@ -14,6 +14,7 @@ namespace {
 using std::size_t;
 
 constexpr size_t kNearFloats = 131072;    // of sums that a task adds to
+constexpr size_t kMostFloats = 1 << 20;   // that a task may need
 constexpr size_t kPieceStrips = 32;       // of outputs that it computes
 constexpr size_t kManyPositions = 512;    // of an image, which then has four tasks or more, and else two
 constexpr size_t kImagesFloats = 1 << 20;  // of sums of images that are computed together
@@ -69,6 +70,9 @@ struct Conv::Line {
     return range - row * window.dilation[0] * pitch - col * window.dilation[1];
   }
   size_t slices() const { return length + range; }
+  size_t floats(size_t taps) const {  // of a task, in the main
+    return slices() * slice_floats + taps * Entries::LineBytes(piece_strips) / sizeof(float);
+  }
   size_t band_floats() const { return lanes * length + range; }  // of an output
 
   // One channel's inputs of a band, zeros where there are none.
@@ -264,6 +268,7 @@ bool Conv::RunEntries(const Call& call, std::span<const std::int64_t> shape, con
   const size_t image_cols = static_cast<size_t>(shape.back()), plane = image_rows * image_cols;
   if (entries_->taps() == 1) return RunOneTap(call, shape, grid, tasks);
   const Line line(window_, grid, image_rows, image_cols, *entries_, entries_products_, *kernels_);
+  if (line.floats(entries_->taps()) > kMostFloats) return false;
   const auto exact = static_cast<double>(grid.out_rows * grid.out_cols * weight_.outputs() * weight_.depth());
   if (entries_products_ > 0.0 && line.products >= exact * Border::Share(grid)) return false;
   const size_t piece_floats = line.piece_strips * kStripRows * line.band_floats();

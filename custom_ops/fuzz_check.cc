@@ -86,7 +86,8 @@ void FuzzLayers(const Kernels& kernels, unsigned seeds) {
         .codebooks = {words.data(), Pick(random, 0, 40) ? kind : Type::kUndefined, codebooks},
         .scales = {factors.data(), Type::kFloat32, scales},
         .layout = {node.layout.data(), Type::kInt64, {static_cast<std::int64_t>(node.layout.size())}}};
-    const Precision precision = seed % 2 ? Precision::kTables : Precision::kExact;
+    constexpr Precision kEach[] = {Precision::kTables, Precision::kExact, Precision::kEntries};
+    const Precision precision = kEach[seed % 3];
     try {
       Call call = {.x = nullptr, .codes = code_bytes.data(), .bias = nullptr, .addend = nullptr};
       call.activation.silu = seed % 3 == 0;

@@ -167,7 +167,7 @@ struct SumEntries {
   const float* entries;  // [tables][kTableWords][lanes]
   std::size_t tables;    // 1 to kMostEntryTables
   std::size_t lanes;
-  float* sums;  // [strips * kStripRows][lanes], `pitch` apart
+  float* sums;  // [strips * kStripRows][lanes], `pitch` apart: entries in the order of tables, their sum added
   std::size_t pitch;
   bool add;  // to what they hold
 };

@@ -53,6 +53,7 @@ int main(int argc, char** argv) {
       CheckPlan(*kernels, seed);
       CheckLayerKernels(*kernels, seed);
       CheckDots(*kernels, seed);
+      CheckEntries(*kernels, seed);
       if (seed % 4 == 0) CheckLayers(*kernels, seed);
     }
     CheckErrors(*kernels);

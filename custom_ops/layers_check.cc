@@ -48,6 +48,10 @@ void Compare(const Kernels& kernels, const Node& node, const char* what, Guarded
   }
 }
 
+const char* HowOf(Precision precision) {
+  return precision == Precision::kExact ? "" : precision == Precision::kEntries ? " by entries" : " by tables";
+}
+
 void CheckMatrix(const Kernels& kernels, unsigned seed) {
   Random random(seed);
   Node node;
@@ -97,7 +101,7 @@ void CheckMatrix(const Kernels& kernels, unsigned seed) {
         bound[i] += kSiluRise * TableError(node.sample, x, node.sample.groups, i % outputs);
       }
     }
-    Compare(kernels, node, precision == Precision::kExact ? "Matrix" : "Matrix by tables", out, want, bound);
+    Compare(kernels, node, ("Matrix" + std::string(HowOf(precision))).c_str(), out, want, bound);
   }
 }
 
@@ -193,7 +197,7 @@ void CheckConv(const Kernels& kernels, unsigned seed) {
         bound[i] += kSiluRise * TableError(node.sample, x, node.sample.groups, i / out_plane % outputs);
       }
     }
-    Compare(kernels, node, precision == Precision::kExact ? "Conv" : "Conv by tables", out, want, bound);
+    Compare(kernels, node, ("Conv" + std::string(HowOf(precision))).c_str(), out, want, bound);
   }
 }
 
