@@ -33,12 +33,8 @@ Conv::Conv(const Inputs& inputs, std::span<const std::int64_t> perm, std::span<c
   is_depthwise_ = channels_ == 1 && groups_ == weight_.outputs() &&
                   std::is_sorted(weight_.column_axes().begin() + (weight_.column_axes()[0] == 1 ? 1 : 0),
                                  weight_.column_axes().end() - (weight_.column_axes().back() == 1 ? 1 : 0));
-  const size_t taps = window_.kernel[0] * window_.kernel[1];
-  if (groups_ > 1 || is_depthwise_ || !HasTapsOutside()) return;
-  if (Entries::Possible(weight_, taps) && (taps == 1 ? window_.begin[0] + window_.begin[1] + window_.end[0] + window_.end[1] == 0 : window_.stride[0] * window_.stride[1] == 1)) {
-    entries_.emplace(weight_, taps, kernels);
-    entries_products_ = precision == Precision::kEntries ? 0.0 : Entries::Products(weight_, taps, 1.0, static_cast<double>(taps));
-  }
+  if (groups_ > 1 || !HasTapsOutside()) return;
+  PlanEntries(precision);
   if (precision == Precision::kExact || precision == Precision::kEntries) return;
   PlanLookup(static_cast<const std::uint8_t*>(inputs.codes.data), precision);
 }

@@ -13,13 +13,12 @@ namespace {
 
 using std::size_t;
 
-constexpr size_t kNearFloats = 131072;    // of sums that a task adds to
-constexpr size_t kMostFloats = 1 << 20;   // that a task may need
-constexpr size_t kPieceStrips = 32;       // of outputs that it computes
-constexpr size_t kManyPositions = 512;    // of an image, which then has four tasks or more, and else two
+constexpr size_t kNearFloats = 131072;     // of sums that a task adds to
+constexpr size_t kMostFloats = 1 << 20;    // that a task may need
+constexpr size_t kPieceStrips = 32;        // of outputs that it computes
+constexpr size_t kManyPositions = 512;     // of an image, which then has four tasks or more, and else two
 constexpr size_t kImagesFloats = 1 << 20;  // of sums of images that are computed together
-constexpr size_t kOneTapTasks = 4;        // at least
-constexpr double kMerge = 4.0;            // products that it costs to bring an output of a lane to its place
+constexpr double kMerge = 4.0;             // products that it costs to bring an output of a lane to its place
 constexpr size_t kFinishOutputs = 16;
 
 }  // namespace
@@ -44,7 +43,8 @@ struct Conv::Line {
     pieces = Ceil(entries.strips(), kPieceStrips);
     piece_strips = Ceil(entries.strips(), pieces);
     const size_t near = kNearFloats / (piece_strips * kStripRows * lanes);
-    const size_t wanted = std::max({near > range ? near - range : 0, range, size_t{4}});
+    const size_t near_inputs = 2 * kNearFloats / (entries.blocks() * entries.width() * lanes);
+    const size_t wanted = std::max({std::min(near > range ? near - range : 0, near_inputs), range, size_t{4}});
     // Few bands share what lanes reach beyond them, many leave no lane without an input: whichever costs less.
     const size_t tasks = positions < kManyPositions ? 2 : 4, least = Ceil(positions, wanted * lanes);
     products = std::numeric_limits<double>::infinity();
@@ -103,7 +103,8 @@ void Conv::SumLine(const Call& call, const float* image, size_t plane, const Lin
   const size_t lanes = line.lanes, length = line.length, slices = line.slices(), taps = entries.taps();
   const size_t strip = piece * line.piece_strips, strips = std::min(line.piece_strips, entries.strips() - strip);
   const Part octets = PartOf(Ceil(entries.blocks(), kOctet), line.parts, part);
-  const Part its_blocks = {octets.begin * kOctet, std::min(octets.size * kOctet, entries.blocks() - octets.begin * kOctet)};
+  const Part its_blocks = {octets.begin * kOctet,
+                           std::min(octets.size * kOctet, entries.blocks() - octets.begin * kOctet)};
   const size_t first_channel = its_blocks.begin * entries.width();
   const size_t channels = std::min(its_blocks.size * entries.width(), channels_ - first_channel);
   const size_t x_floats = channels * length * lanes, sums_floats = slices * line.slice_floats;
@@ -158,7 +159,9 @@ void Conv::SumLine(const Call& call, const float* image, size_t plane, const Lin
 // Outputs from `first` on, of whom each band has some sums: brought together and finished.
 void Conv::FinishLine(const Call& call, const Line& line, size_t image, size_t first, size_t count,
                       const float* sums) const {
-  const size_t wanted = line.out_rows * line.pitch, out_plane = line.out_rows * line.out_cols;
+  // The last row may be longer than what it adds to: pads can be wider than the kernel.
+  const size_t wanted = (line.out_rows - 1) * line.pitch + std::max(line.pitch, line.out_cols);
+  const size_t out_plane = line.out_rows * line.out_cols;
   const size_t piece_outputs = line.piece_strips * kStripRows;
   Scratch scratch(Use::kTask, Scratch::Room<float>(count * wanted));
   auto* total = scratch.Take<float>(count * wanted);
@@ -191,74 +194,13 @@ void Conv::FinishLine(const Call& call, const Line& line, size_t image, size_t f
   }
 }
 
-// Convolutions of one tap: positions as they follow each other, of which each is an output's.
-bool Conv::RunOneTap(const Call& call, std::span<const std::int64_t> shape, const Grid& grid, const Tasks& tasks) const {
-  const Entries& entries = *entries_;
-  const size_t images = static_cast<size_t>(shape[0]), plane = static_cast<size_t>(shape.size() == 4 ? shape[2] * shape[3] : shape[2]);
-  const size_t image_cols = static_cast<size_t>(shape.back()), positions = grid.out_rows * grid.out_cols;
-  const size_t lanes = kernels_->row_lanes;
-  const size_t pieces = Ceil(entries.strips(), kPieceStrips), piece_strips = Ceil(entries.strips(), pieces);
-  const size_t slice_floats = piece_strips * kStripRows * lanes;
-  const size_t vectors = Ceil(positions, lanes), near = std::max<size_t>(1, kNearFloats / slice_floats);
-  const size_t bands = std::max(Ceil(vectors, near), std::min(vectors, Ceil(kOneTapTasks, pieces)));
-  const auto products = static_cast<double>(vectors * lanes) * entries_products_;
-  const auto exact = static_cast<double>(positions * weight_.outputs() * weight_.depth());
-  if (entries_products_ > 0.0 && products >= exact) return false;
-  tasks.Each(images * bands * pieces, [&](size_t task) {
-    const size_t piece = task % pieces, image = task / pieces / bands;
-    const Part its = PartOf(vectors, bands, task / pieces % bands);
-    const size_t strip = piece * piece_strips, strips = std::min(piece_strips, entries.strips() - strip);
-    const size_t begin = its.begin * lanes, length = its.size * lanes, end = std::min(begin + length, positions);
-    Scratch scratch(Use::kTask, Scratch::Room<float>(channels_ * length) + Scratch::Room<float>(its.size * slice_floats) +
-                                    Scratch::Room<float>(Entries::TableFloats(lanes)) +
-                                    Scratch::Room<std::uint8_t>(Entries::LineBytes(strips)));
-    auto* x = scratch.Take<float>(channels_ * length);
-    auto* sums = scratch.Take<float>(its.size * slice_floats);
-    auto* tables = scratch.Take<float>(Entries::TableFloats(lanes));
-    auto* room = scratch.Take<std::uint8_t>(Entries::LineBytes(strips));
-    for (size_t c = 0; c < channels_; ++c) {
-      const float* from = call.x + (image * channels_ + c) * plane;
-      float* to = x + c * length;
-      if (grid.direct()) {
-        std::copy(from + begin, from + end, to);
-      } else {
-        for (size_t p = begin; p < end; ++p) {
-          to[p - begin] = from[p / grid.out_cols * window_.stride[0] * image_cols + p % grid.out_cols * window_.stride[1]];
-        }
-      }
-      std::fill(to + (end - begin), to + length, 0.0F);
-    }
-    for (size_t first = 0; first < entries.blocks(); first += Entries::kLineBlocks) {
-      const size_t blocks = std::min(Entries::kLineBlocks, entries.blocks() - first);
-      for (size_t stage = 0; stage < entries.stages(); ++stage) {
-        const Entries::Lines lines = entries.Read(call.codes, stage, 0, first, strip, strips, room);
-        for (size_t j = 0; j < its.size; ++j) {
-          for (size_t i = 0; i < blocks; i += kMostEntryTables) {
-            const size_t count = std::min(kMostEntryTables, blocks - i);
-            entries.Build(stage, first + i, count, x + (first + i) * entries.width() * length + j * lanes, length, lanes,
-                          tables);
-            entries.Sum(lines, i, count, tables, lanes,
-                        {sums + j * slice_floats, lanes, strips, first + stage + i > 0});
-          }
-        }
-      }
-    }
-    const size_t output = strip * kStripRows, outputs = std::min(strips * kStripRows, weight_.outputs() - output);
-    for (size_t j = 0; j < its.size; ++j) {
-      const size_t place = (image * weight_.outputs() + output) * positions + begin + j * lanes;
-      kernels_->finish_rows({.sums = sums + j * slice_floats,
-                             .pitch = lanes,
-                             .count = outputs,
-                             .lanes = std::min(lanes, end - begin - j * lanes),
-                             .out = call.out + place,
-                             .addend = call.addend == nullptr ? nullptr : call.addend + place,
-                             .stride = positions,
-                             .scales = weight_.scales().data() + output,
-                             .bias = call.bias + output,
-                             .activation = call.activation});
-    }
-  });
-  return true;
+void Conv::PlanEntries(Precision precision) {
+  const size_t taps = window_.kernel[0] * window_.kernel[1];
+  const bool strided = window_.stride[0] * window_.stride[1] > 1;
+  if (!Entries::Possible(weight_, taps) || (strided && (taps > 1 || window_.is_padded()))) return;
+  entries_.emplace(weight_, taps, *kernels_);
+  if (precision == Precision::kEntries) return;
+  entries_products_ = Entries::Products(weight_, taps, 1.0, static_cast<double>(taps));
 }
 
 bool Conv::RunEntries(const Call& call, std::span<const std::int64_t> shape, const Grid& grid,
@@ -266,7 +208,7 @@ bool Conv::RunEntries(const Call& call, std::span<const std::int64_t> shape, con
   const size_t images = static_cast<size_t>(shape[0]);
   const size_t image_rows = shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1;
   const size_t image_cols = static_cast<size_t>(shape.back()), plane = image_rows * image_cols;
-  if (entries_->taps() == 1) return RunOneTap(call, shape, grid, tasks);
+  if (entries_->taps() == 1 && !window_.is_padded()) return RunOneTap(call, shape, grid, tasks);
   const Line line(window_, grid, image_rows, image_cols, *entries_, entries_products_, *kernels_);
   if (line.floats(entries_->taps()) > kMostFloats) return false;
   const auto exact = static_cast<double>(grid.out_rows * grid.out_cols * weight_.outputs() * weight_.depth());

@@ -144,7 +144,8 @@ void SumEntriesOfCount(const SumEntries& s) {
 }
 
 void SumEntry(const SumEntries& s) {
-  s.lanes == Wide::kLanes ? SumEntriesOfCount<Wide, kMostEntryTables>(s) : SumEntriesOfCount<Middle, kMostEntryTables>(s);
+  s.lanes == Wide::kLanes ? SumEntriesOfCount<Wide, kMostEntryTables>(s)
+                          : SumEntriesOfCount<Middle, kMostEntryTables>(s);
 }
 
 }  // namespace

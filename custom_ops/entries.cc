@@ -25,8 +25,8 @@ bool Entries::Possible(const Weight& weight, size_t taps) {
 }
 
 double Entries::Products(const Weight& weight, size_t taps, double positions, double lookups) {
-  // Products are counted in multiplications with a whole vector, of which a processor does two in a cycle; a lookup is a
-  // load, an addition, and a bit of reading codes and sums.
+  // Products are counted in multiplications with a whole vector, of which a processor does two in a cycle; a lookup is
+  // a load, an addition, and a bit of reading codes and sums.
   constexpr double kLookup = 1.85, kTurn = 0.3;
   const Coded& m = weight.coded();
   const auto outputs = static_cast<double>(Ceil(weight.outputs(), kStripRows) * kStripRows);

@@ -34,8 +34,8 @@ class Entries {
   std::size_t width() const { return coded_.width; }
   std::size_t stages() const { return coded_.stages; }
 
-  // The codes of up to kLineBlocks blocks, from one that is a multiple of that on: one line a strip and block: lines of blocks follow each other, strips are
-  // `strip_bytes` apart.
+  // The codes of up to kLineBlocks blocks, from one that is a multiple of that on: one line a strip and block: lines of
+  // blocks follow each other, strips are `strip_bytes` apart.
   static constexpr std::size_t kLineBlocks = 64;
   struct Lines {
     const std::uint8_t* first;
@@ -65,7 +65,7 @@ class Entries {
 
  private:
   const Kernels* kernels_;
-  Coded coded_;                      // without codes
+  Coded coded_;  // without codes
   std::size_t taps_;
   std::size_t inputs_, tap_blocks_;  // of a tap
 };

@@ -17,7 +17,8 @@ void CheckLines(const Kernels& kernels, const Sample& sample, Random& random) {
   std::vector<std::uint8_t> out(room * kStripRows + 64, kUntouched);
   kernels.code_lines(sample.View(), stage, row, group, count, out.data());
   for (size_t i = 0; i < count * kStripRows; ++i) {
-    const size_t its_row = row + i % kStripRows, want = its_row < sample.rows ? sample.CodeAt(stage, its_row, group + i / kStripRows) : 0;
+    const size_t its_row = row + i % kStripRows,
+                 want = its_row < sample.rows ? sample.CodeAt(stage, its_row, group + i / kStripRows) : 0;
     if (out[i] != want) return Fail(kernels, sample, "code_lines differs at " + std::to_string(i));
   }
   for (size_t i = room * kStripRows; i < out.size(); ++i) {

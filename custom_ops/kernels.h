@@ -152,9 +152,9 @@ struct SumTables {
 struct BuildEntries {
   const float* x;  // [cols][lanes], x_stride apart
   std::size_t x_stride;
-  const float* book;        // [words][width]
+  const float* book;  // [words][width]
   std::size_t words, width;
-  std::size_t cols;   // at most width: those of a last block may be fewer
+  std::size_t cols;  // at most width: those of a last block may be fewer
   std::size_t lanes;
   float* entries;  // [words][lanes]
 };

@@ -62,8 +62,8 @@ class Matrix {
   void RunManyRows(const Call& call, std::size_t rows, const Tasks& tasks) const;
   struct Cut;
   void RunEntries(const Call& call, std::size_t rows, const Tasks& tasks) const;
-  void SumEntries(const Call& call, std::size_t rows, const Cut& cut, Part tiles, std::size_t piece,
-                  std::size_t part, float* sums, Scratch& scratch) const;
+  void SumEntries(const Call& call, std::size_t rows, const Cut& cut, Part tiles, std::size_t piece, std::size_t part,
+                  float* sums, Scratch& scratch) const;
   void FinishEntries(const Call& call, std::size_t rows, const Cut& cut, std::size_t tile, std::size_t output,
                      std::size_t count, const float* sums, float* room) const;
   void FinishRow(const Call& call, std::size_t row, std::size_t output, std::size_t count, const float* sums) const;
@@ -110,6 +110,7 @@ class Conv {
   void FinishLine(const Call& call, const Line& line, std::size_t image, std::size_t first, std::size_t count,
                   const float* sums) const;
   bool HasTapsOutside() const;
+  void PlanEntries(Precision precision);
   void PlanLookup(const std::uint8_t* codes, Precision precision);
   void RunExact(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
   // False: the inputs do not suit lookups, and the output is still to be computed.

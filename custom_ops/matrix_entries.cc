@@ -48,7 +48,8 @@ void Matrix::SumEntries(const Call& call, size_t rows, const Cut& cut, Part tile
   auto* room = scratch.Take<std::uint8_t>(Entries::LineBytes(strips));
   const Part chunks = PartOf(Ceil(entries.blocks(), Entries::kLineBlocks), cut.parts, part);
   for (size_t chunk = chunks.begin; chunk < chunks.begin + chunks.size; ++chunk) {
-    const size_t block = chunk * Entries::kLineBlocks, blocks = std::min(Entries::kLineBlocks, entries.blocks() - block);
+    const size_t block = chunk * Entries::kLineBlocks,
+                 blocks = std::min(Entries::kLineBlocks, entries.blocks() - block);
     const size_t col = block * width, cols = std::min(blocks * width, depth - col);
     for (size_t stage = 0; stage < entries.stages(); ++stage) {
       const Entries::Lines lines = entries.Read(call.codes, stage, 0, block, strip, strips, room);

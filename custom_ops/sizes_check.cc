@@ -125,10 +125,10 @@ void CheckSizes(const Kernels& kernels) {
                                    {2, 96, 33, 8, 8},
                                    {4, 2048, 17, 8, 8},
                                    {9, 80, 40, 8, 8},
-                                   {70, 80, 4200, 8, 8},     // two pieces of outputs
-                                   {5, 1100, 200, 4, 8},     // parts of the inputs
-                                   {300, 24, 65, 8, 8},      // many batches of tiles
-                                   {33, 1040, 130, 2, 5},    // both
+                                   {70, 80, 4200, 8, 8},   // two pieces of outputs
+                                   {5, 1100, 1100, 4, 8},  // parts of the inputs
+                                   {300, 24, 65, 8, 8},    // many batches of tiles
+                                   {33, 1040, 130, 2, 5},  // both
                                    {1, 8192, 576, 4, 8, kStripRows},
                                    {3, 96, 1152, 8, 8, kStripRows},
                                    {1, 96, 320, 4, 4, kStripRows},
@@ -143,12 +143,12 @@ void CheckSizes(const Kernels& kernels) {
   CheckConv(kernels, 9, {16, 24, 3, 1, 1, 70});    // many images
   CheckConv(kernels, 1, {16, 128, 3, 1, 1, 60, kStripRows});
   CheckConv(kernels, 2, {528, 64, 1, 1, 0, 5, kStripRows});
-  CheckConv(kernels, 2, {136, 40, 3, 2, 2, 9});     // parts of the inputs
-  CheckConv(kernels, 1, {16, 2112, 3, 1, 0, 8});    // two pieces of outputs
-  CheckConv(kernels, 40, {8, 130, 3, 1, 1, 40});    // more images than are computed together
-  CheckConv(kernels, 1, {8, 64, 3, 1, 1, 1500});    // many bands
-  CheckConv(kernels, 3, {24, 2112, 1, 1, 0, 70});   // pieces and bands of one tap
-  CheckConv(kernels, 11, {64, 70, 1, 1, 0, 1});  // images of one position, in three batches
+  CheckConv(kernels, 2, {136, 40, 3, 2, 2, 9});    // parts of the inputs
+  CheckConv(kernels, 1, {16, 2112, 3, 1, 0, 8});   // two pieces of outputs
+  CheckConv(kernels, 40, {8, 130, 3, 1, 1, 40});   // more images than are computed together
+  CheckConv(kernels, 1, {8, 64, 3, 1, 1, 1500});   // many bands
+  CheckConv(kernels, 3, {24, 2112, 1, 1, 0, 70});  // pieces and bands of one tap
+  CheckConv(kernels, 11, {64, 70, 1, 1, 0, 1});    // images of one position, in three batches
 }
 
 }  // namespace vqonnx::check

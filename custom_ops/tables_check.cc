@@ -76,7 +76,8 @@ void BenchLayers(const std::vector<const Kernels*>& tables) {
   std::printf("\nGMAC/s of a matrix of width 8 (one thread), exact and by tables\n%-34s", "");
   for (const Kernels* kernels : tables) std::printf("%10s", kernels->name);
   std::printf("\n");
-  for (const Shape& shape : {Shape{1000, 2048, 1}, {1000, 2048, 4}, {1000, 2048, 64}, {4096, 4096, 1}, {4096, 4096, 16}}) {
+  for (const Shape& shape :
+       {Shape{1000, 2048, 1}, {1000, 2048, 4}, {1000, 2048, 64}, {4096, 4096, 1}, {4096, 4096, 16}}) {
     const Node node =
         Usual(random, shape.outputs, shape.inputs, 8,
               {static_cast<std::int64_t>(shape.outputs), static_cast<std::int64_t>(shape.inputs)}, {0, 1});

@@ -292,7 +292,8 @@ void FinishAcross(const Finish& f) { f.activation.silu ? FinishTurned<true>(f) :
 
 void AddTo(const float* from, std::size_t size, float* to) {
   std::size_t j = 0;
-  for (; j + Wide::kLanes <= size; j += Wide::kLanes) Wide::Store(to + j, Wide::Add(Wide::Load(to + j), Wide::Load(from + j)));
+  for (; j + Wide::kLanes <= size; j += Wide::kLanes)
+    Wide::Store(to + j, Wide::Add(Wide::Load(to + j), Wide::Load(from + j)));
   for (; j < size; ++j) to[j] += from[j];
 }
 

@@ -30,6 +30,7 @@ struct Window {
   Window(std::span<const std::int64_t> kernel, std::span<const std::int64_t> strides,
          std::span<const std::int64_t> dilations, std::span<const std::int64_t> pads);
 
+  bool is_padded() const { return begin[0] + begin[1] + end[0] + end[1] > 0; }
   std::size_t Reach(std::size_t axis) const { return (kernel[axis] - 1) * dilation[axis] + 1; }
 
   // How many different remainders the taps of an axis leave after division by the stride: those of so many first taps,

@@ -45,6 +45,7 @@ def differs(layer: Layer, shape: tuple[int, ...]) -> float:
         (1000, 8, 64, 1, 1, False),
         (700, 4, 16, 2, 3, False),
         (640, 8, 200, 1, 1, True),
+        (640, 8, 250, 2, 1, True),
         (640, 5, 30, 1, 2, True),
         (4225, 8, 64, 1, 1, False),
     ],
@@ -70,9 +71,12 @@ def test_matrices(
     ],
 )
 @pytest.mark.parametrize("op", ["Conv", "ConvAddRelu", "ConvSilu"])
-def test_convolutions(weight: tuple[int, ...], options: dict[str, object], shape: tuple[int, ...], op: str, isa: str) -> None:
+def test_convolutions(
+    weight: tuple[int, ...], options: dict[str, object], shape: tuple[int, ...], op: str, isa: str
+) -> None:
     taps = int(np.prod(weight[2:]))
-    form = random_form(taps, rows=weight[0], cols=weight[1] * taps, width=8, words=64)
+    stages = 1 + (taps == 1)
+    form = random_form(taps, rows=weight[0], cols=weight[1] * taps, width=8, words=64 // stages, stages=stages)
     layer = conv(form, weight, op=op, order="hwi", bias=bias(weight[0]), **options)  # type: ignore[arg-type]
     assert differs(replace(layer, strips=weight[0] % 64 == 0), shape) <= EXACT, isa
     assert differs(layer, shape) <= EXACT, isa
