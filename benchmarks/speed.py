@@ -103,7 +103,13 @@ CASES = (
     Case("gemm-4096-batch16-cold", "gemm", (*_LARGE, 16), {"fp32": (6.5, 8.4), "int4": (2.6, 3.3)}, cold=True),
     Case("gemm-4096-batch256-hot", "gemm", (*_LARGE, 256), {"fp32": (2.8, 3.6)}),
     *(
-        Case(f"gemm-{name}-batch{batch}-{'hot' if batch > 16 else 'cold'}-{isa}", "gemm", (*sizes, batch), cold=batch <= 16, isa=isa)
+        Case(
+            f"gemm-{name}-batch{batch}-{'hot' if batch > 16 else 'cold'}-{isa}",
+            "gemm",
+            (*sizes, batch),
+            cold=batch <= 16,
+            isa=isa,
+        )
         for name, sizes in (("4096", _LARGE), ("1000x2048", (1000, 2048)))
         for batch in (4, 16, 256)
         for isa in ("avx2", "avx512")
