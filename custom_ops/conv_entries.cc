@@ -18,7 +18,7 @@ constexpr size_t kMostFloats = 1 << 20;    // that a task may need
 constexpr size_t kPieceStrips = 32;        // of outputs that it computes
 constexpr size_t kManyPositions = 512;     // of an image, which then has four tasks or more, and else two
 constexpr size_t kImagesFloats = 1 << 20;  // of sums of images that are computed together
-constexpr double kMerge = 4.0;             // products that it costs to bring an output of a lane to its place
+constexpr double kMerge = 20.0;            // products that it costs to bring an output of a lane to its place
 constexpr size_t kFinishOutputs = 16;
 
 }  // namespace
@@ -48,9 +48,11 @@ struct Conv::Line {
     // Few bands share what lanes reach beyond them, many leave no lane without an input: whichever costs less.
     const size_t tasks = positions < kManyPositions ? 2 : 4, least = Ceil(positions, wanted * lanes);
     products = std::numeric_limits<double>::infinity();
-    for (const size_t count : {least, std::max(least, Ceil(tasks, pieces))}) {
+    const size_t most = std::max(least, Ceil(tasks, pieces));
+    for (const size_t count : {least, most}) {
       const size_t its_length = Ceil(Ceil(positions, count), lanes);
       const size_t its_parts = std::clamp<size_t>(entries.blocks() / kOctet, 1, Ceil(tasks, count * pieces));
+      if (count < most && count * pieces * its_parts < tasks) continue;  // not something for each thread
       const auto vectors = static_cast<double>(count * lanes), inputs = static_cast<double>(its_length);
       const auto slices = static_cast<double>(its_parts * (its_length + range));
       const auto outputs = static_cast<double>(entries.strips() * kStripRows);

@@ -106,6 +106,7 @@ VQONNX_INLINE auto LoadAt(const float* from, std::size_t bytes) {
 
 template <class F, std::size_t kTables, bool kAdd>
 void SumEntriesOf(const SumEntries& s) {
+  constexpr std::size_t kStripsAhead = 8;  // whose lines are fetched early: they are far apart
   const std::size_t pitch = s.pitch, strip_bytes = s.strip_bytes;
   const float* entries = s.entries;
   const std::uint8_t* codes[kTables];
@@ -113,8 +114,10 @@ void SumEntriesOf(const SumEntries& s) {
   for (std::size_t t = 0; t < kTables; ++t) codes[t] = s.codes[t];
   float* sums = s.sums;
   for (std::size_t strip = 0; strip < s.strips; ++strip) {
-    VQONNX_UNROLL
-    for (std::size_t t = 0; t < kTables; ++t) VQONNX_FETCH(codes[t] + 8 * strip_bytes);
+    if (strip + kStripsAhead < s.strips) {
+      VQONNX_UNROLL
+      for (std::size_t t = 0; t < kTables; ++t) VQONNX_FETCH(codes[t] + kStripsAhead * strip_bytes);
+    }
     for (std::size_t r = 0; r < kStripRows; r += 8, sums += 8 * pitch) {
       std::uint64_t eight[kTables];
       VQONNX_UNROLL

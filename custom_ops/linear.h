@@ -53,6 +53,7 @@ class Matrix {
   void Run(const Call& call, std::size_t rows, const Tasks& tasks) const;
 
  private:
+  // Counted in products of two numbers.
   double ExactProducts(std::size_t rows) const;
   double EntriesProducts(std::size_t rows) const;
   bool ByTables(std::size_t rows) const;
@@ -62,10 +63,10 @@ class Matrix {
   void RunManyRows(const Call& call, std::size_t rows, const Tasks& tasks) const;
   struct Cut;
   void RunEntries(const Call& call, std::size_t rows, const Tasks& tasks) const;
-  void SumEntries(const Call& call, std::size_t rows, const Cut& cut, Part tiles, std::size_t piece, std::size_t part,
-                  float* sums, Scratch& scratch) const;
-  void FinishEntries(const Call& call, std::size_t rows, const Cut& cut, std::size_t tile, std::size_t output,
-                     std::size_t count, const float* sums, float* room) const;
+  void SumTiles(const Call& call, std::size_t rows, const Cut& cut, Part tiles, std::size_t piece, std::size_t part,
+                float* sums, Scratch& scratch) const;
+  void FinishTile(const Call& call, std::size_t rows, const Cut& cut, std::size_t tile, std::size_t output,
+                  std::size_t count, const float* sums, float* room) const;
   void FinishRow(const Call& call, std::size_t row, std::size_t output, std::size_t count, const float* sums) const;
 
   const Kernels* kernels_;

@@ -66,7 +66,7 @@ Matrix::Matrix(const Inputs& inputs, std::span<const std::int64_t> perm, bool tr
   if (!always && !lookup_->Allowed(precision == Precision::kFast)) lookup_.reset();
 }
 
-// Of the kernels that multiply, in products. Four rows that are not alone are computed without decoding.
+// What the kernels that multiply would take. Up to kMostDots rows are multiplied by words where these stand.
 double Matrix::ExactProducts(size_t rows) const {
   constexpr double kFewWordsCode = 0.15, kCode = 0.6;  // cycles that a dot product takes for each code
   const Coded& m = weight_.coded();
@@ -76,6 +76,7 @@ double Matrix::ExactProducts(size_t rows) const {
   return static_cast<double>(rows) * codes * (kernels_->dot_has_tables(m) ? kFewWordsCode : kCode) * kProductsInCycle;
 }
 
+// What tables of entries would take: for all lanes, used or not.
 double Matrix::EntriesProducts(size_t rows) const {
   if (!entries_) return std::numeric_limits<double>::infinity();
   const size_t lanes = kernels_->row_lanes;

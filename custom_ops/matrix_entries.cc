@@ -38,8 +38,8 @@ struct Matrix::Cut {
 };
 
 // A batch of tiles, one piece of the outputs and one part of the inputs: sums [tile][output][lane].
-void Matrix::SumEntries(const Call& call, size_t rows, const Cut& cut, Part tiles, size_t piece, size_t part,
-                        float* sums, Scratch& scratch) const {
+void Matrix::SumTiles(const Call& call, size_t rows, const Cut& cut, Part tiles, size_t piece, size_t part, float* sums,
+                      Scratch& scratch) const {
   const Entries& entries = *entries_;
   const size_t depth = weight_.depth(), lanes = cut.lanes, width = entries.width();
   const size_t strip = piece * cut.piece_strips, strips = std::min(cut.piece_strips, entries.strips() - strip);
@@ -69,8 +69,8 @@ void Matrix::SumEntries(const Call& call, size_t rows, const Cut& cut, Part tile
 }
 
 // Sums [output][lane] of the outputs from `output` on, to rows of the output. `room` has as many floats.
-void Matrix::FinishEntries(const Call& call, size_t rows, const Cut& cut, size_t tile, size_t output, size_t count,
-                           const float* sums, float* room) const {
+void Matrix::FinishTile(const Call& call, size_t rows, const Cut& cut, size_t tile, size_t output, size_t count,
+                        const float* sums, float* room) const {
   const size_t first = tile * cut.lanes;
   kernels_->transpose(sums, cut.lanes, count, cut.lanes, room, count);
   for (size_t i = 0; i < std::min(cut.lanes, rows - first); ++i) {
@@ -95,10 +95,10 @@ void Matrix::RunEntries(const Call& call, size_t rows, const Tasks& tasks) const
                       task_bytes + Scratch::Room<float>(batch_floats) + Scratch::Room<float>(cut.sums_floats));
       auto* sums = scratch.Take<float>(batch_floats);
       auto* room = scratch.Take<float>(cut.sums_floats);
-      SumEntries(call, rows, cut, its, piece, 0, sums, scratch);
+      SumTiles(call, rows, cut, its, piece, 0, sums, scratch);
       const size_t output = piece * piece_outputs, count = std::min(piece_outputs, outputs() - output);
       for (size_t t = 0; t < its.size; ++t) {
-        FinishEntries(call, rows, cut, its.begin + t, output, count, sums + t * cut.sums_floats, room);
+        FinishTile(call, rows, cut, its.begin + t, output, count, sums + t * cut.sums_floats, room);
       }
     });
     return;
@@ -109,7 +109,7 @@ void Matrix::RunEntries(const Call& call, size_t rows, const Tasks& tasks) const
     const size_t part = task % cut.parts, piece = task / cut.parts % cut.pieces;
     const Part its = PartOf(cut.tiles, cut.batches, task / cut.parts / cut.pieces);
     Scratch scratch(Use::kTask, task_bytes);
-    SumEntries(call, rows, cut, its, piece, part, sums + task * batch_floats, scratch);
+    SumTiles(call, rows, cut, its, piece, part, sums + task * batch_floats, scratch);
   });
   const size_t finishes = Ceil(cut.piece_strips, kFinishStrips);
   tasks.Each(cut.batches * cut.pieces * finishes, [&](size_t task) {
@@ -124,7 +124,7 @@ void Matrix::RunEntries(const Call& call, size_t rows, const Tasks& tasks) const
     for (size_t t = 0; t < its.size; ++t) {
       kernels_->add_up(sums + task / finishes * cut.parts * batch_floats + t * cut.sums_floats + skip * cut.lanes,
                        batch_floats, cut.parts, floats, total);
-      FinishEntries(call, rows, cut, its.begin + t, output, count, total, room);
+      FinishTile(call, rows, cut, its.begin + t, output, count, total, room);
     }
   });
 }
