@@ -125,8 +125,8 @@ void CheckSizes(const Kernels& kernels) {
                                    {2, 96, 33, 8, 8},
                                    {4, 2048, 17, 8, 8},
                                    {9, 80, 40, 8, 8},
-                                   {70, 80, 4200, 8, 8},   // two pieces of outputs
-                                   {5, 1100, 1100, 4, 8},  // parts of the inputs
+                                   {18, 24, 4200, 8, 8},   // two pieces of outputs
+                                   {5, 600, 1100, 4, 8},   // parts of the inputs
                                    {300, 24, 65, 8, 8},    // many batches of tiles
                                    {33, 1040, 130, 2, 5},  // both
                                    {1, 8192, 576, 4, 8, kStripRows},
