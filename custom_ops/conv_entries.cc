@@ -18,7 +18,7 @@ constexpr size_t kMostFloats = 1 << 20;    // that a task may need
 constexpr size_t kPieceStrips = 32;        // of outputs that it computes
 constexpr size_t kManyPositions = 512;     // of an image, which then has four tasks or more, and else two
 constexpr size_t kImagesFloats = 1 << 20;  // of sums of images that are computed together
-constexpr double kMerge = 20.0;            // products that it costs to bring an output of a lane to its place
+constexpr double kMerge = 24.0;            // products that it costs to bring an output of a lane to its place
 constexpr size_t kFinishOutputs = 16;
 
 }  // namespace

@@ -26,14 +26,14 @@ bool Entries::Possible(const Weight& weight, size_t taps) {
 
 double Entries::Products(const Weight& weight, size_t taps, double positions, double lookups) {
   // Products are counted in multiplications with a whole vector, of which a processor does two in a cycle; a lookup is
-  // a load, an addition, and a bit of reading codes and sums.
-  constexpr double kLookup = 1.85, kTurn = 0.3;
+  // a load, an addition, and a bit of reading codes and sums. How codes are stored is left out, so that the same
+  // kernels compute a layer by rows and in strips.
+  constexpr double kLookup = 1.85;
   const Coded& m = weight.coded();
   const auto outputs = static_cast<double>(Ceil(weight.outputs(), kStripRows) * kStripRows);
   const auto words = static_cast<double>(m.words), width = static_cast<double>(m.width);
   const auto blocks = static_cast<double>(m.stages * Ceil(weight.depth() / taps, m.width));
-  const double turn = m.lanes > 1 && m.bits == 8 ? 0.0 : kTurn;
-  return blocks * (positions * words * width + lookups * outputs * (kLookup + turn));
+  return blocks * (positions * words * width + lookups * outputs * kLookup);
 }
 
 Entries::Lines Entries::Read(const std::uint8_t* codes, size_t stage, size_t tap, size_t block, size_t strip,
@@ -41,7 +41,7 @@ Entries::Lines Entries::Read(const std::uint8_t* codes, size_t stage, size_t tap
   Coded m = coded_;
   m.codes = codes;
   const size_t group = tap * tap_blocks_ + block, strip_bytes = kStripRows * m.row_bytes;
-  if (reads_stored()) {
+  if (m.lanes > 1 && m.bits == 8) {
     return {codes + (stage * m.rows / kStripRows + strip) * strip_bytes + group * kStripRows, strip_bytes};
   }
   const size_t count = std::min(kLineBlocks, tap_blocks_ - block);

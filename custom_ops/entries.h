@@ -45,7 +45,6 @@ class Entries {
   // LineBytes(strips).
   Lines Read(const std::uint8_t* codes, std::size_t stage, std::size_t tap, std::size_t block, std::size_t strip,
              std::size_t strips, std::uint8_t* room) const;
-  bool reads_stored() const { return coded_.lanes > 1 && coded_.bits == 8; }
   static std::size_t LineBytes(std::size_t strips) { return strips * kLineBlocks * kStripRows; }
 
   static std::size_t TableFloats(std::size_t lanes) { return kMostEntryTables * kTableWords * lanes; }

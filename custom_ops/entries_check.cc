@@ -1,6 +1,5 @@
 // Checks of the kernels of tables of entries.
 #include <cmath>
-#include <utility>
 
 #include "check.h"
 

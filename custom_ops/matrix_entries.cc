@@ -26,7 +26,7 @@ struct Matrix::Cut {
         pieces(Ceil(entries.strips(), kPieceStrips)),
         piece_strips(Ceil(entries.strips(), pieces)),
         sums_floats(piece_strips * kStripRows * lanes),
-        batches(Ceil(tiles, entries.reads_stored() ? 1 : std::max<size_t>(1, kNearFloats / sums_floats))),
+        batches(Ceil(tiles, std::max<size_t>(1, kNearFloats / sums_floats))),
         batch(Ceil(tiles, batches)),
         parts(std::clamp<size_t>(Ceil(kTasks, batches * pieces), 1, Ceil(entries.blocks(), Entries::kLineBlocks))) {}
 
