@@ -123,7 +123,10 @@ struct ProductTable : WordTable {
   }
 };
 
-bool DecodeScalarCodes(const Coded&, std::size_t, std::size_t, std::size_t, float, float*) { return false; }
+bool DecodeScalarCodes(const Coded&, std::size_t, std::size_t, std::size_t, std::size_t, const float*, float*,
+                       std::size_t) {
+  return false;
+}
 
 }  // namespace
 }  // namespace vqonnx
@@ -134,7 +137,7 @@ namespace vqonnx {
 const Kernels kAvx2 = {.name = "avx2",
                        .unpack = Unpack,
                        .unpack_wide = UnpackWide,
-                       .decode_row = DecodeRow,
+                       .decode_rows = DecodeRows,
                        .transpose = Transpose,
                        .decode_panel = DecodePanel,
                        .dot = DotProducts,
@@ -149,6 +152,7 @@ const Kernels kAvx2 = {.name = "avx2",
                        .tile_windows = TileWindows,
                        .tile_positions = TilePositions,
                        .depthwise = SumDepthwise,
+                       .every_second = EverySecond,
                        .max_pool = MaxPools,
                        .finish_rows = FinishRows,
                        .finish_columns = FinishColumns,

@@ -5,7 +5,10 @@
 namespace vqonnx {
 namespace {
 
-bool DecodeScalarCodes(const Coded&, std::size_t, std::size_t, std::size_t, float, float*) { return false; }
+bool DecodeScalarCodes(const Coded&, std::size_t, std::size_t, std::size_t, std::size_t, const float*, float*,
+                       std::size_t) {
+  return false;
+}
 
 }  // namespace
 }  // namespace vqonnx
@@ -17,7 +20,7 @@ namespace vqonnx {
 const Kernels kAvx512 = {.name = "avx512",
                          .unpack = Unpack,
                          .unpack_wide = UnpackWide,
-                         .decode_row = DecodeRow,
+                         .decode_rows = DecodeRows,
                          .transpose = Transpose,
                          .decode_panel = DecodePanel,
                          .dot = DotProducts,
@@ -32,6 +35,7 @@ const Kernels kAvx512 = {.name = "avx512",
                          .tile_windows = TileWindows,
                          .tile_positions = TilePositions,
                          .depthwise = SumDepthwise,
+                         .every_second = EverySecond,
                          .max_pool = MaxPools,
                          .finish_rows = FinishRows,
                          .finish_columns = FinishColumns,

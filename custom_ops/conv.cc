@@ -109,7 +109,7 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
   const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
   const bool direct = grid.direct() && (!positions || span >= kernels_->tile_lanes);
   const size_t laid = direct ? 0 : channels * grid.plane + kernels_->tile_lanes;
-  Border border(grid, positions ? 0 : weight_.depth(), weight_.piece(), kernels_->tile_lanes);
+  Border border(grid, positions ? 0 : weight_.depth(), KeptColumns(), kernels_->tile_lanes);
   Scratch scratch(Use::kRun, Scratch::Room<float>(weight_.dense_size()) + Scratch::Room<float>(laid) +
                                  2 * Scratch::Room<std::int32_t>(weight_.depth()) + border.room());
   auto* dense = scratch.Take<float>(weight_.dense_size());
@@ -126,7 +126,7 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
       tasks.Each(parts, [&](size_t index) {
         const Part part = PartOf(channels, parts, index);
         for (size_t c = part.begin; c < part.begin + part.size; ++c) {
-          grid.Lay(x + c * image_rows * image_cols, planes + c * grid.plane);
+          grid.Lay(*kernels_, x + c * image_rows * image_cols, planes + c * grid.plane);
         }
       });
     }
@@ -158,9 +158,20 @@ bool Conv::PrefersPositions(const Grid& grid) const {
       static_cast<double>(Ceil(outputs, lanes)) *
       (static_cast<double>(lines) * (steps(line) * needed + turn * static_cast<double>(Ceil(line, count)) * 8) +
        static_cast<double>(lanes) * 0.3 * depth);
-  const double vectors = static_cast<double>(Ceil(span, lanes));
+  const size_t rest = span % lanes;
+  const double vectors = static_cast<double>(span / lanes) + (rest == 0                     ? 0.0
+                                                              : rest <= kernels_->row_lanes ? 0.55
+                                                                                            : 1.0);
   const double positions = vectors * (steps(outputs) * depth + 2 * static_cast<double>(outputs));
   return positions < windows;
+}
+
+// Columns of a panel that are decoded once and kept, for all positions of a task; a deeper weight is taken piece by
+// piece.
+size_t Conv::KeptColumns() const {
+  constexpr size_t kMostBytes = 262144;
+  const size_t depth = weight_.depth();
+  return depth * kernels_->tile_lanes * sizeof(float) <= kMostBytes ? depth : weight_.piece();
 }
 
 // Vectors of outputs, scalars from the image: any number of positions will do.
@@ -173,19 +184,17 @@ void Conv::RunWindows(const Call& call, const Image& image, const Tasks& tasks) 
   const size_t lines = whole ? 1 : grid.out_rows;
   const size_t line = whole ? grid.out_rows * grid.out_cols : grid.out_cols;
   const size_t line_tiles = Ceil(line, count);
-  const size_t blocks = PartsOf(lines * line, kBlockPositions, kLeastPositions, groups_ * panels);
+  const size_t depth = weight_.depth(), piece = KeptColumns();
+  const bool at_once = depth <= piece;
+  const size_t blocks = PartsOf(lines * line, kBlockPositions, at_once ? count : kLeastPositions, groups_ * panels);
   const size_t most_tiles = Ceil(lines * line_tiles, blocks);
-  const size_t depth = weight_.depth();
-  const size_t piece = weight_.piece();
   const size_t out_plane = grid.out_rows * grid.out_cols;
 
-  tasks.Each(groups_ * panels * blocks, [&](size_t task) {
-    const size_t panel = task % panels, block = task / panels % blocks, group = task / panels / blocks;
-    const Part tiles = PartOf(lines * line_tiles, blocks, block);
+  tasks.Share(groups_ * panels, blocks, [&](size_t unit, const auto& next) {
+    const size_t panel = unit % panels, group = unit / panels;
     const Part part = {panel * lanes, std::min(lanes, outputs - panel * lanes)};
     const size_t first = group * outputs + part.begin;
     const size_t tile_floats = Ceil(count, 8) * 8 * lanes;
-    const bool at_once = depth <= piece;
     const size_t sums_floats = (at_once ? 1 : most_tiles) * tile_floats;
     Scratch scratch(Use::kTask, Scratch::Room<float>(weight_.PanelRoom()) + Scratch::Room<float>(piece * lanes) +
                                     Scratch::Room<float>(sums_floats) + Scratch::Room<float>(lanes));
@@ -197,34 +206,39 @@ void Conv::RunWindows(const Call& call, const Image& image, const Tasks& tasks) 
     const float* planes = image.planes + group * channels_ * grid.plane;
     const size_t out = (image.index * weight_.outputs() + first) * out_plane;
 
-    for (size_t col = 0; col < depth; col += piece) {
-      const size_t cols = std::min(piece, depth - col);
-      weight_.Panel(image.weight, first, part.size, col, cols, room, vectors);
-      for (size_t t = 0; t < tiles.size; ++t) {
-        const size_t row = (tiles.begin + t) / line_tiles;
-        const Part columns = PartOf(line, line_tiles, (tiles.begin + t) % line_tiles);
-        float* its_sums = sums + (at_once ? 0 : t * tile_floats);
-        const Border::Columns needed = image.border.Of(row, col);
-        kernels_->tile_windows({.vectors = vectors,
-                                .scalars = planes + row * grid.cols + columns.begin,
-                                .at = needed.at,
-                                .depth = needed.count,
-                                .count = columns.size,
-                                .sums = its_sums,
-                                .add = col > 0,
-                                .from = needed.from});
-        if (col + cols < depth) continue;
-        const size_t place = out + row * grid.out_cols + columns.begin;
-        kernels_->finish_across({.sums = its_sums,
-                                 .pitch = lanes,
-                                 .count = columns.size,
-                                 .lanes = part.size,
-                                 .out = call.out + place,
-                                 .addend = call.addend == nullptr ? nullptr : call.addend + place,
-                                 .stride = out_plane,
-                                 .scales = nullptr,
-                                 .bias = bias,
-                                 .activation = call.activation});
+    bool decoded = false;
+    for (size_t block = next(); block < blocks; block = next()) {
+      const Part tiles = PartOf(lines * line_tiles, blocks, block);
+      for (size_t col = 0; col < depth; col += piece) {
+        const size_t cols = std::min(piece, depth - col);
+        if (!decoded) weight_.Panel(image.weight, first, part.size, col, cols, room, vectors);
+        decoded = at_once;
+        for (size_t t = 0; t < tiles.size; ++t) {
+          const size_t row = (tiles.begin + t) / line_tiles;
+          const Part columns = PartOf(line, line_tiles, (tiles.begin + t) % line_tiles);
+          float* its_sums = sums + (at_once ? 0 : t * tile_floats);
+          const Border::Columns needed = image.border.Of(row, col);
+          kernels_->tile_windows({.vectors = vectors,
+                                  .scalars = planes + row * grid.cols + columns.begin,
+                                  .at = needed.at,
+                                  .depth = needed.count,
+                                  .count = columns.size,
+                                  .sums = its_sums,
+                                  .add = col > 0,
+                                  .from = needed.from});
+          if (col + cols < depth) continue;
+          const size_t place = out + row * grid.out_cols + columns.begin;
+          kernels_->finish_across({.sums = its_sums,
+                                   .pitch = lanes,
+                                   .count = columns.size,
+                                   .lanes = part.size,
+                                   .out = call.out + place,
+                                   .addend = call.addend == nullptr ? nullptr : call.addend + place,
+                                   .stride = out_plane,
+                                   .scales = nullptr,
+                                   .bias = bias,
+                                   .activation = call.activation});
+        }
       }
     }
   });
@@ -265,27 +279,30 @@ void Conv::RunPositions(const Call& call, const Image& image, const Tasks& tasks
 
     for (size_t col = 0; col < depth; col += piece) {
       const size_t cols = std::min(piece, depth - col);
-      for (size_t i = 0; i < part.size; ++i) {
-        weight_.Row(image.weight, first + i, col, cols, scalars + i * kTilePitch);
-      }
+      weight_.Rows(image.weight, first, part.size, col, cols, scalars, kTilePitch);
       for (size_t t = 0; t < its_tiles.size; ++t) {
-        // The last tile is moved back so that it ends with the span, where there is that much.
+        // The last tile may be of one vector. It is moved back so that it ends with the span, where there is that much.
         const size_t begin = (its_tiles.begin + t) * lanes;
-        const size_t skip = begin + lanes > span && span >= lanes ? begin + lanes - span : 0;
+        const size_t size = begin + kernels_->row_lanes >= span ? kernels_->row_lanes : lanes;
+        const size_t skip = begin + size > span && span >= size ? begin + size - span : 0;
         const size_t position = begin - skip;
+        const size_t out_row = begin / grid.cols, out_col = begin % grid.cols;
+        const size_t place = out + (whole ? begin : out_row * grid.out_cols + out_col);
         float* its_sums = sums + (at_once ? 0 : t * tile_floats);
         Finish finish = {.sums = its_sums,
                          .pitch = lanes,
                          .count = part.size,
-                         .lanes = std::min(lanes, span - begin),
-                         .out = call.out + out + begin,
-                         .addend = call.addend == nullptr ? nullptr : call.addend + out + begin,
+                         .lanes = std::min(size, span - begin),
+                         .out = call.out + place,
+                         .addend = call.addend == nullptr ? nullptr : call.addend + place,
                          .stride = out_plane,
                          .scales = nullptr,
                          .bias = bias,
                          .activation = call.activation};
         const bool is_last = col + cols == depth;
-        const bool at_end = is_last && whole && skip == 0 && !call.activation.silu;
+        const bool is_apart =
+            skip == 0 && (whole || out_col + finish.lanes <= grid.out_cols);  // one part of the output
+        const bool at_end = is_last && is_apart && !call.activation.silu;
         kernels_->tile_positions({.vectors = planes + position,
                                   .scalars = scalars,
                                   .at = image.at + col,
@@ -293,6 +310,7 @@ void Conv::RunPositions(const Call& call, const Image& image, const Tasks& tasks
                                   .count = part.size,
                                   .sums = its_sums,
                                   .add = col > 0,
+                                  .lanes = size,
                                   .finish = at_end ? &finish : nullptr});
         if (!is_last || at_end) continue;
         // Row by row of the output, leaving out what lies between, and what the tile before has written.
@@ -300,11 +318,11 @@ void Conv::RunPositions(const Call& call, const Image& image, const Tasks& tasks
           const size_t row = p / grid.cols, column = p % grid.cols;
           const size_t end = std::min({begin + lanes, span, whole ? span : (row + 1) * grid.cols});
           if (column < grid.out_cols) {
-            const size_t place = out + row * grid.out_cols + column;
+            const size_t its_place = out + row * grid.out_cols + column;
             finish.sums = its_sums + (p - position);
             finish.lanes = whole ? end - p : std::min(end - p, grid.out_cols - column);
-            finish.out = call.out + place;
-            finish.addend = call.addend == nullptr ? nullptr : call.addend + place;
+            finish.out = call.out + its_place;
+            finish.addend = call.addend == nullptr ? nullptr : call.addend + its_place;
             kernels_->finish_rows(finish);
           }
           p = end;

@@ -52,11 +52,8 @@ void Conv::RunDepthwise(const Call& call, std::span<const std::int64_t> shape, c
   auto* taps = scratch.Take<float>(outputs * depth);
   if (weight_.by_output()) {
     const size_t piece = weight_.piece();
-    for (size_t output = 0; output < outputs; ++output) {
-      for (size_t col = 0; col < depth; col += piece) {
-        const size_t cols = std::min(piece, depth - col);
-        weight_.Row({call.codes, nullptr}, output, col, cols, taps + output * depth + col);
-      }
+    for (size_t col = 0; col < depth; col += piece) {
+      weight_.Rows({call.codes, nullptr}, 0, outputs, col, std::min(piece, depth - col), taps + col, depth);
     }
   } else {
     weight_.Expand(call.codes, tasks, taps);

@@ -250,17 +250,16 @@ void Decode::Run(const Tensor& codes, const Tensor& scales, size_t task, float* 
   const size_t col = task % col_blocks_ * block_cols_;
   const size_t cols = std::min(block_cols_, cols_ - col);
   const bool one_scale = scales.dims[0] == 1;
-  const auto decode = [&](size_t r, float* target) {
-    kernels_->decode_row(m, r, col / m.width, cols, FloatAt(scales, one_scale ? 0 : r), target);
+  std::vector<float> its_scales(rows);
+  for (size_t r = 0; r < rows; ++r) its_scales[r] = FloatAt(scales, one_scale ? 0 : row + r);
+  const auto decode = [&](float* target, size_t stride) {
+    kernels_->decode_rows(m, row, rows, col / m.width, cols, its_scales.data(), target, stride);
   };
 
-  if (path_ == Path::kStraight) {
-    for (size_t r = row; r < row + rows; ++r) decode(r, out + r * cols_ + col);
-    return;
-  }
+  if (path_ == Path::kStraight) return decode(out + row * cols_ + col, cols_);
   const size_t stride = cols + kBlockRows;  // not a power of two: the rows of a column do not share a cache set
   std::vector<float> scratch(rows * stride);
-  for (size_t r = 0; r < rows; ++r) decode(row + r, scratch.data() + r * stride);
+  decode(scratch.data(), stride);
   if (path_ == Path::kScattered) {
     for (size_t r = 0; r < rows; ++r) {
       for (size_t c = 0; c < cols; ++c) {

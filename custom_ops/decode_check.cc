@@ -28,23 +28,33 @@ void CheckUnpack(const Kernels& kernels, const Sample& sample,
   }
 }
 
-// Rows at once and in pieces, into buffers that are not aligned; against `Expected(row, col)`.
+// Rows whole and in pieces, one by one and several at once, into buffers that are not aligned; against `Expected(row,
+// col)`.
 template <class Expected>
 void CheckRows(const Kernels& kernels, const Sample& sample, Expected expected) {
   const Coded view = sample.View();
   const size_t piece = kOctet * sample.width * (1 + sample.seed % 9);
-  for (size_t row = 0; row < sample.rows; ++row) {
-    for (const size_t step : {sample.cols, piece}) {
+  const size_t several = 2 + sample.seed % 70;
+  for (const auto& [most_rows, step] : {std::pair{size_t{1}, sample.cols}, {size_t{1}, piece}, {several, piece}}) {
+    for (size_t row = 0; row < sample.rows; row += most_rows) {
+      const size_t rows = std::min(most_rows, sample.rows - row);
       for (size_t col = 0; col < sample.cols; col += step) {
-        const size_t cols = std::min(step, sample.cols - col);
-        Guarded out(cols, sample.seed % 5);
-        kernels.decode_row(view, row, col / sample.width, cols, sample.scales[row], out.data());
-        if (!out.Intact()) return Fail(kernels, sample, "decode_row writes beside row " + std::to_string(row));
-        for (size_t i = 0; i < cols; ++i) {
-          if (Same(out.data()[i], expected(row, col + i))) continue;
-          return Fail(kernels, sample,
-                      "decode_row differs at row " + std::to_string(row) + ", column " + std::to_string(col + i) +
-                          " of the piece at " + std::to_string(col));
+        const size_t cols = std::min(step, sample.cols - col), stride = cols + (rows > 1 ? sample.seed % 3 : 0);
+        Guarded out((rows - 1) * stride + cols, sample.seed % 5);
+        const std::vector<float> before(out.data(), out.data() + (rows - 1) * stride + cols);
+        kernels.decode_rows(view, row, rows, col / sample.width, cols, &sample.scales[row], out.data(), stride);
+        const auto fail = [&](const char* what, size_t at) {
+          Fail(kernels, sample,
+               "decode_rows " + std::string(what) + " at row " + std::to_string(row + at / stride) + " of " +
+                   std::to_string(rows) + " from " + std::to_string(row) + ", column " + std::to_string(at % stride) +
+                   " of the piece at " + std::to_string(col));
+        };
+        if (!out.Intact()) return fail("writes beside its output", 0);
+        for (size_t i = 0; i < before.size(); ++i) {
+          const bool is_value = i % stride < cols;
+          if (!Same(out.data()[i], is_value ? expected(row + i / stride, col + i % stride) : before[i])) {
+            return fail(is_value ? "differs" : "writes between its rows", i);
+          }
         }
       }
     }
@@ -81,9 +91,8 @@ void CheckKernels(const Kernels& kernels, const Sample& sample) {
     return CheckRows(kernels, sample, [&](size_t row, size_t col) { return sample.ValueAt(row, col); });
   }
   std::vector<float> matrix(sample.rows * sample.cols);
-  for (size_t row = 0; row < sample.rows; ++row) {
-    kPortable.decode_row(sample.View(), row, 0, sample.cols, sample.scales[row], &matrix[row * sample.cols]);
-  }
+  kPortable.decode_rows(sample.View(), 0, sample.rows, 0, sample.cols, sample.scales.data(), matrix.data(),
+                        sample.cols);
   CheckRows(kernels, sample, [&](size_t row, size_t col) { return matrix[row * sample.cols + col]; });
 }
 
@@ -186,16 +195,15 @@ void Bench(const std::vector<const Kernels*>& tables) {
                      .scales = {}};
     Random random(sample.seed);
     Fill(sample, random, false);
-    std::vector<float> out(sample.cols);
+    std::vector<float> out(sample.rows * sample.cols);
     std::printf("bits %zu, stages %zu, width %2zu          ", shape.bits, shape.stages, shape.width);
     for (const Kernels* kernels : tables) {
       double best = 0;
       for (int repeat = 0; repeat < 20; ++repeat) {
         const auto start = std::chrono::steady_clock::now();
         for (int again = 0; again < 4; ++again) {
-          for (size_t row = 0; row < sample.rows; ++row) {
-            kernels->decode_row(sample.View(), row, 0, sample.cols, sample.scales[row], out.data());
-          }
+          kernels->decode_rows(sample.View(), 0, sample.rows, 0, sample.cols, sample.scales.data(), out.data(),
+                               sample.cols);
         }
         const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
         best = std::max(best, 4.0 * static_cast<double>(sample.rows * sample.cols * sizeof(float)) / seconds.count());

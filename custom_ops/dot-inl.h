@@ -84,7 +84,8 @@ void DotDecoded(const Dot& d, std::size_t row, std::size_t first_col) {
   }
   for (std::size_t col = first_col; col < d.cols; col += piece) {
     const std::size_t cols = d.cols - col < piece ? d.cols - col : piece;
-    DecodeRow(m, row, col / m.width, cols, 1.0F, values);
+    const float scale = 1.0F;
+    DecodeRows(m, row, 1, col / m.width, cols, &scale, values, 0);
     for (std::size_t b = 0; b < d.batch; ++b) {
       const float* x = d.x + b * d.x_stride + col;
       decltype(Wide::Set(0.0F)) sums[4] = {Wide::Set(0.0F), Wide::Set(0.0F), Wide::Set(0.0F), Wide::Set(0.0F)};

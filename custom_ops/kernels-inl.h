@@ -6,7 +6,8 @@
 //   TurnEight(rows, p, step)   byte i of row r to p[i * step + r]
 //   UnpackOctet(w, bits, out)  the eight codes in the low 8 * bits bits of `w`
 //   WordTable                  the first `kWords` floats of a codebook; At(codes) looks up Wide::kLanes codes at once
-//   DecodeScalarCodes(...)     whether it has done the work of DecodeRow, where the form allows something better
+//   DecodeScalarCodes(...)     whether it has done the work of DecodeRows for codes that are stored by rows, where the
+//                              form allows something better
 //   LoadTurned(row, out)       out[j] has, of each i < Wide::kLanes, value j < 8 of row(i)
 //
 // No include guard and no standard library on purpose: see docs/kernels.md.
@@ -239,10 +240,65 @@ void DecodeCodes(const Coded& m, std::size_t row, std::size_t group, std::size_t
 }
 
 void DecodeRow(const Coded& m, std::size_t row, std::size_t group, std::size_t cols, float scale, float* out) {
-  if (DecodeScalarCodes(m, row, group, cols, scale, out)) return;
   if (m.stages > kMaxStages) return DecodeManyStages(m, row, group, cols, scale, out);
   if (m.bits > 8) return DecodeCodes<std::uint16_t>(m, row, group, cols, scale, out);
   DecodeCodes<std::uint8_t>(m, row, group, cols, scale, out);
+}
+
+// Codes stored by rows.
+void DecodeStoredRows(const Coded& m, std::size_t row, std::size_t rows, std::size_t group, std::size_t cols,
+                      const float* scales, float* out, std::size_t stride) {
+  if (DecodeScalarCodes(m, row, rows, group, cols, scales, out, stride)) return;
+  for (std::size_t r = 0; r < rows; ++r) DecodeRow(m, row + r, group, cols, scales[r], out + r * stride);
+}
+
+// Rows of one strip, of a codebook for each stage: the bytes of eight rows are brought together at once.
+void DecodeStripRows(const Coded& m, std::size_t row, std::size_t rows, std::size_t group, std::size_t cols,
+                     const float* scales, float* out, std::size_t stride) {
+  constexpr std::size_t kRowBytes = 512;  // of all stages
+  alignas(8) std::uint8_t room[kStripRows * kRowBytes];
+  const std::size_t first = row & (kOctet - 1);  // of eight rows
+  const std::size_t row_bytes = kRowBytes / m.stages / 8 * 8;
+  const std::size_t piece = row_bytes / m.bits * kOctet * m.width;
+  Coded near = m;
+  near.codes = room;
+  near.rows = kStripRows;
+  near.row_bytes = row_bytes;
+  near.lanes = 1;
+  for (std::size_t done = 0; done < cols; done += piece) {
+    const std::size_t now = cols - done < piece ? cols - done : piece;
+    const std::size_t byte = (group + done / m.width) * m.bits / 8;
+    const std::size_t bytes = (((now - 1) / m.width + 1) * m.bits + 7) / 8;
+    for (std::size_t stage = 0; stage < m.stages; ++stage) {
+      for (std::size_t r = 0; r < first + rows; r += 8) {
+        const std::uint8_t* lines = RowByte(m, stage, row - first + r, byte);
+        std::uint8_t* to = room + (stage * kStripRows + r) * row_bytes;
+        for (std::size_t i = 0; i < bytes; i += 8) {
+          std::uint64_t eight[8] = {};
+          for (std::size_t j = 0; j < 8 && i + j < bytes; ++j) eight[j] = LoadEight(lines + (i + j) * kStripRows);
+          TurnEight(eight, to + i, row_bytes);
+        }
+      }
+    }
+    DecodeStoredRows(near, first, rows, 0, now, scales, out + done, stride);
+  }
+}
+
+void DecodeRows(const Coded& m, std::size_t row, std::size_t rows, std::size_t group, std::size_t cols,
+                const float* scales, float* out, std::size_t stride) {
+  if (m.lanes == 1) return DecodeStoredRows(m, row, rows, group, cols, scales, out, stride);
+  while (rows > 0) {
+    const std::size_t left = kStripRows - (row & (kStripRows - 1)), now = rows < left ? rows : left;
+    if (m.books > 1 || m.stages > kMaxStages) {
+      for (std::size_t r = 0; r < now; ++r) DecodeRow(m, row + r, group, cols, scales[r], out + r * stride);
+    } else {
+      DecodeStripRows(m, row, now, group, cols, scales, out, stride);
+    }
+    row += now;
+    scales += now;
+    out += now * stride;
+    rows -= now;
+  }
 }
 
 // Column by column of tiles, so that the lines of the output are finished one after the other.

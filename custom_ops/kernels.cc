@@ -79,7 +79,10 @@ struct ProductTable {
   static constexpr std::size_t kWords = 0;
 };
 
-bool DecodeScalarCodes(const Coded&, std::size_t, std::size_t, std::size_t, float, float*) { return false; }
+bool DecodeScalarCodes(const Coded&, std::size_t, std::size_t, std::size_t, std::size_t, const float*, float*,
+                       std::size_t) {
+  return false;
+}
 
 }  // namespace
 }  // namespace vqonnx
@@ -89,13 +92,14 @@ bool DecodeScalarCodes(const Coded&, std::size_t, std::size_t, std::size_t, floa
 namespace vqonnx {
 namespace {
 
-void CheckedDecodeRow(const Coded& m, std::size_t row, std::size_t group, std::size_t cols, float scale, float* out) {
-  assert(row < m.rows && cols >= 1 && group % kOctet == 0);
+void CheckedDecodeRows(const Coded& m, std::size_t row, std::size_t rows, std::size_t group, std::size_t cols,
+                       const float* scales, float* out, std::size_t stride) {
+  assert(row < m.rows && rows <= m.rows - row && cols >= 1 && group % kOctet == 0);
   assert(m.stages >= 1 && m.books >= 1 && m.words >= 1 && m.width >= 1);
   assert(1 <= m.bits && m.bits <= kMaxBits && m.words <= std::size_t{1} << m.bits);
   assert(m.lanes == 1 || (m.lanes == kStripRows && m.rows % kStripRows == 0));
   assert(((group + (cols - 1) / m.width + 1) * m.bits + 7) / 8 <= m.row_bytes);
-  DecodeRow(m, row, group, cols, scale, out);
+  DecodeRows(m, row, rows, group, cols, scales, out, stride);
 }
 
 #if defined(VQONNX_X86)
@@ -173,7 +177,7 @@ static_assert(sizeof(kEntries) / sizeof(kEntries[0]) <= kMaxTables);
 const Kernels kPortable = {.name = "portable",
                            .unpack = Unpack,
                            .unpack_wide = UnpackWide,
-                           .decode_row = CheckedDecodeRow,
+                           .decode_rows = CheckedDecodeRows,
                            .transpose = Transpose,
                            .decode_panel = DecodePanel,
                            .dot = DotProducts,
@@ -188,6 +192,7 @@ const Kernels kPortable = {.name = "portable",
                            .tile_windows = TileWindows,
                            .tile_positions = TilePositions,
                            .depthwise = SumDepthwise,
+                           .every_second = EverySecond,
                            .max_pool = MaxPools,
                            .finish_rows = FinishRows,
                            .finish_columns = FinishColumns,

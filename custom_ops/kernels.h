@@ -75,6 +75,8 @@ struct Tile {
   bool add;           // to what `sums` holds
   // Of each column, where its vectors are; null: one after the other. Only for tile_windows.
   const std::int32_t* from = nullptr;
+  // How many of its lanes are wanted. Only for tile_positions, which may write the others or not.
+  std::size_t lanes = 0;
   // What follows the product; null: nothing, sums[i] are the sums. Only for tile_positions, without scales and silu,
   // and with at most tile_lanes lanes: then `sums` is not written, and finish->sums not read.
   const Finish* finish = nullptr;
@@ -202,10 +204,11 @@ struct Kernels {
   void (*unpack_wide)(const std::uint8_t* packed, std::size_t bytes, std::size_t bits, std::size_t count,
                       std::uint16_t* out);
 
-  // Writes the `cols` values of a row that start with block `group`, a multiple of kOctet; the last block may be cut.
-  // Writes nothing beyond out[cols - 1].
-  void (*decode_row)(const Coded& matrix, std::size_t row, std::size_t group, std::size_t cols, float scale,
-                     float* out);
+  // Writes the `cols` values that start with block `group`, a multiple of kOctet, of one row or more that lie next to
+  // each other: out[i * stride + col] for row `row + i`, with a scale for each. The last block may be cut. Writes
+  // nothing but these values.
+  void (*decode_rows)(const Coded& matrix, std::size_t row, std::size_t rows, std::size_t group, std::size_t cols,
+                      const float* scales, float* out, std::size_t stride);
 
   // to[c * to_stride + r] = from[r * from_stride + c] for r < rows and c < cols.
   void (*transpose)(const float* from, std::size_t from_stride, std::size_t rows, std::size_t cols, float* to,
@@ -237,6 +240,9 @@ struct Kernels {
   void (*tile_windows)(const Tile& tile);
   void (*tile_positions)(const Tile& tile);
   void (*depthwise)(const Depthwise& depthwise);
+
+  // to[i] = from[2 * i] for i < count.
+  void (*every_second)(const float* from, std::size_t count, float* to);
 
   // The largest value of each window. What lies outside of the image is left out; a window that lies there wholly has
   // minus infinity. A NaN may be left out as well.

@@ -39,7 +39,8 @@ void CheckTiles(const Kernels& kernels, unsigned seed) {
                         {"tile_positions", kernels.tile_positions, lanes, most, false, false}};
   for (const Form& form : forms) {
     const size_t depth = Pick(random, 1, 50), count = Pick(random, 1, form.most), shift = Pick(random, 0, 3);
-    const size_t gathered = form.windows ? count : form.lanes;
+    const size_t wanted = form.windows || Pick(random, 0, 1) ? form.lanes : Pick(random, 1, form.lanes);
+    const size_t gathered = form.windows ? count : wanted <= kernels.row_lanes ? kernels.row_lanes : form.lanes;
     std::vector<std::int32_t> at(depth), from(depth);
     for (std::int32_t& place : at) place = static_cast<std::int32_t>(Pick(random, 0, 100));
     for (size_t k = 0; k < depth; ++k) {
@@ -61,10 +62,11 @@ void CheckTiles(const Kernels& kernels, unsigned seed) {
                    .count = count,
                    .sums = sums.data(),
                    .add = add,
-                   .from = form.chosen ? from.data() : nullptr});
+                   .from = form.chosen ? from.data() : nullptr,
+                   .lanes = form.windows ? 0 : wanted});
     if (!sums.Intact()) return Fail(kernels, Named(seed), std::string(form.name) + " writes beside its sums");
     for (size_t i = 0; i < count; ++i) {
-      for (size_t j = 0; j < form.lanes; ++j) {
+      for (size_t j = 0; j < wanted; ++j) {
         double want = add ? before[i * form.lanes + j] : 0.0, scale = std::fabs(want);
         for (size_t k = 0; k < depth; ++k) {
           const size_t place = static_cast<size_t>(at[k]);
@@ -77,6 +79,20 @@ void CheckTiles(const Kernels& kernels, unsigned seed) {
         return Fail(kernels, Named(seed),
                     std::string(form.name) + " differs at " + std::to_string(i) + ", " + std::to_string(j));
       }
+    }
+  }
+}
+
+void CheckEverySecond(const Kernels& kernels, unsigned seed) {
+  Random random(seed);
+  const size_t count = Pick(random, 1, 70), shift = Pick(random, 0, 3);
+  const std::vector<float> from = Values(random, shift + 2 * count - 1, false);  // not a value more than may be read
+  Guarded to(count, shift);
+  kernels.every_second(from.data() + shift, count, to.data());
+  if (!to.Intact()) return Fail(kernels, Named(seed), "every_second writes beside its output");
+  for (size_t i = 0; i < count; ++i) {
+    if (!Same(to.data()[i], from[shift + 2 * i])) {
+      return Fail(kernels, Named(seed), "every_second differs at " + std::to_string(i));
     }
   }
 }
@@ -397,6 +413,7 @@ void CheckLayerKernels(const Kernels& kernels, unsigned seed) {
   CheckTiles(kernels, seed);
   CheckFinish(kernels, seed);
   CheckSilu(kernels, seed);
+  CheckEverySecond(kernels, seed);
   CheckPanel(kernels, seed);
   CheckDepthwise(kernels, seed);
   CheckMaxPool(kernels, seed);

@@ -99,6 +99,7 @@ class Conv {
   void Columns(const Grid& grid, std::int32_t* at, std::int32_t* kernel_rows) const;
   void RunWindows(const Call& call, const Image& image, const Tasks& tasks) const;
   void RunPositions(const Call& call, const Image& image, const Tasks& tasks) const;
+  std::size_t KeptColumns() const;
   void RunOnePosition(const Call& call, std::size_t images, const Tasks& tasks) const;
   void RunDepthwise(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
   bool PrefersPositions(const Grid& grid) const;

@@ -78,8 +78,8 @@ struct Plane {
 constexpr std::size_t kAhead = 2048;  // bytes
 
 template <std::size_t kQuarters>
-void DecodeScalarCodesOf(const Coded& m, const std::uint8_t* packed, std::size_t bytes, std::size_t cols, float scale,
-                         float* out) {
+void DecodeScalarCodesOf(const Coded& m, std::size_t row, std::size_t rows, std::size_t group, std::size_t cols,
+                         const float* scales, float* out, std::size_t stride) {
   Plane<kQuarters> planes[4];
   VQONNX_UNROLL
   for (std::size_t i = 0; i < kQuarters; ++i) {
@@ -94,52 +94,49 @@ void DecodeScalarCodesOf(const Coded& m, const std::uint8_t* packed, std::size_t
   const __m512i shifts = _mm512_set1_epi64(b << 8 | (2 * b) << 16 | (3 * b) << 24 | (4 * b) << 32 | (5 * b) << 40 |
                                            (6 * b) << 48 | (7 * b) << 56);
   const __m512i order = _mm512_load_si512(kLaneOrder.bytes);
-  const __m512 factor = Wide::Set(scale);
   // The codes of a later row, of which usually the same part is wanted: they may come from memory.
   const std::size_t ahead = (kAhead / m.row_bytes + 1) * m.row_bytes;
-  for (std::size_t col = 0; col < cols;
-       col += 64, packed += 8 * m.bits, bytes -= bytes < 8 * m.bits ? bytes : 8 * m.bits) {
-    _mm_prefetch(reinterpret_cast<const char*>(packed + ahead), _MM_HINT_T0);
-    const __m512i codes =
-        _mm512_maskz_permutexvar_epi8(~__mmask64{0}, order, Unpack64(packed, bytes, windows, shifts, mask));
-    const __mmask64 upper = _mm512_movepi8_mask(codes);
-    const __m512i p0 = planes[0].At(codes, upper), p1 = planes[1].At(codes, upper);
-    const __m512i p2 = planes[2].At(codes, upper), p3 = planes[3].At(codes, upper);
-    const __m512i low_even = _mm512_unpacklo_epi8(p0, p1), low_odd = _mm512_unpackhi_epi8(p0, p1);
-    const __m512i high_even = _mm512_unpacklo_epi8(p2, p3), high_odd = _mm512_unpackhi_epi8(p2, p3);
-    const __m512i values[4] = {_mm512_unpacklo_epi16(low_even, high_even), _mm512_unpackhi_epi16(low_even, high_even),
-                               _mm512_unpacklo_epi16(low_odd, high_odd), _mm512_unpackhi_epi16(low_odd, high_odd)};
-    VQONNX_UNROLL
-    for (std::size_t i = 0; i < 4; ++i) {
-      const std::size_t at = col + 16 * i;
-      if (at >= cols) break;
-      const __m512 value = Wide::Mul(_mm512_castsi512_ps(values[i]), factor);
-      if (cols - at >= 16) {
-        Wide::Store(out + at, value);
-      } else {
-        Wide::StorePart(out + at, cols - at, value);
+  for (std::size_t r = 0; r < rows; ++r, out += stride) {
+    const std::uint8_t* packed = RowByte(m, 0, row + r, group * m.bits / 8);
+    std::size_t bytes = m.row_bytes - group * m.bits / 8;
+    const __m512 factor = Wide::Set(scales[r]);
+    for (std::size_t col = 0; col < cols;
+         col += 64, packed += 8 * m.bits, bytes -= bytes < 8 * m.bits ? bytes : 8 * m.bits) {
+      _mm_prefetch(reinterpret_cast<const char*>(packed + ahead), _MM_HINT_T0);
+      const __m512i codes =
+          _mm512_maskz_permutexvar_epi8(~__mmask64{0}, order, Unpack64(packed, bytes, windows, shifts, mask));
+      const __mmask64 upper = _mm512_movepi8_mask(codes);
+      const __m512i p0 = planes[0].At(codes, upper), p1 = planes[1].At(codes, upper);
+      const __m512i p2 = planes[2].At(codes, upper), p3 = planes[3].At(codes, upper);
+      const __m512i low_even = _mm512_unpacklo_epi8(p0, p1), low_odd = _mm512_unpackhi_epi8(p0, p1);
+      const __m512i high_even = _mm512_unpacklo_epi8(p2, p3), high_odd = _mm512_unpackhi_epi8(p2, p3);
+      const __m512i values[4] = {_mm512_unpacklo_epi16(low_even, high_even), _mm512_unpackhi_epi16(low_even, high_even),
+                                 _mm512_unpacklo_epi16(low_odd, high_odd), _mm512_unpackhi_epi16(low_odd, high_odd)};
+      VQONNX_UNROLL
+      for (std::size_t i = 0; i < 4; ++i) {
+        const std::size_t at = col + 16 * i;
+        if (at >= cols) break;
+        const __m512 value = Wide::Mul(_mm512_castsi512_ps(values[i]), factor);
+        if (cols - at >= 16) {
+          Wide::Store(out + at, value);
+        } else {
+          Wide::StorePart(out + at, cols - at, value);
+        }
       }
     }
   }
 }
 
 // The hook of kernels-inl.h.
-bool DecodeScalarCodes(const Coded& m, std::size_t row, std::size_t group, std::size_t cols, float scale, float* out) {
+bool DecodeScalarCodes(const Coded& m, std::size_t row, std::size_t rows, std::size_t group, std::size_t cols,
+                       const float* scales, float* out, std::size_t stride) {
   if (m.width != 1 || m.books != 1 || m.stages != 1 || m.bits > 8) return false;
-  constexpr std::size_t kPiece = 512;  // that are brought together, out of a strip
-  std::uint8_t room[kPiece];
-  const std::size_t step = m.lanes == 1 ? cols : kPiece;
-  for (std::size_t col = 0; col < cols; col += step) {
-    const std::size_t count = cols - col < step ? cols - col : step;
-    std::size_t bytes;
-    const std::uint8_t* packed = PackedCodes(m, 0, row, group + col, count, room, bytes);
-    if (m.words <= 64) {
-      DecodeScalarCodesOf<1>(m, packed, bytes, count, scale, out + col);
-    } else if (m.words <= 128) {
-      DecodeScalarCodesOf<2>(m, packed, bytes, count, scale, out + col);
-    } else {
-      DecodeScalarCodesOf<4>(m, packed, bytes, count, scale, out + col);
-    }
+  if (m.words <= 64) {
+    DecodeScalarCodesOf<1>(m, row, rows, group, cols, scales, out, stride);
+  } else if (m.words <= 128) {
+    DecodeScalarCodesOf<2>(m, row, rows, group, cols, scales, out, stride);
+  } else {
+    DecodeScalarCodesOf<4>(m, row, rows, group, cols, scales, out, stride);
   }
   return true;
 }

@@ -2,9 +2,11 @@
 #ifndef VQONNX_TASKS_H_
 #define VQONNX_TASKS_H_
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <new>
+#include <vector>
 
 namespace vqonnx {
 
@@ -33,6 +35,23 @@ class Tasks {
         },
         &job);
     if (job.out_of_memory) throw std::bad_alloc();
+  }
+
+  // Shares out `units` things of `parts` parts each, where it saves work to do several parts of the same thing:
+  // body(unit, next) does the parts that next() yields, until that is `parts`. A thread goes on with a thing while
+  // there are parts of it, and then helps with others, so that few things do for any number of threads.
+  template <class Body>
+  void Share(std::size_t units, std::size_t parts, const Body& body) const {
+    constexpr std::size_t kMostThreads = 64;  // that can take part
+    std::vector<std::atomic<std::size_t>> taken(units);
+    const std::size_t tasks = std::min(units * parts, kMostThreads);
+    Each(tasks, [&](std::size_t task) {
+      for (std::size_t i = 0; i < units; ++i) {
+        const std::size_t unit = (task * units / tasks + i) % units;
+        if (taken[unit].load(std::memory_order_relaxed) >= parts) continue;
+        body(unit, [&] { return std::min(parts, taken[unit].fetch_add(1, std::memory_order_relaxed)); });
+      }
+    });
   }
 
  protected:

@@ -78,19 +78,22 @@ void MultiplyTile(const Tile& tile) {
   }
 }
 
-template <Read kRead, std::size_t kCount>
+template <Read kRead, std::size_t kVectors, std::size_t kCount>
 void ChooseTile(const Tile& tile) {
   if constexpr (kCount > 1) {
-    if (tile.count < kCount) return ChooseTile<kRead, kCount - 1>(tile);
+    if (tile.count < kCount) return ChooseTile<kRead, kVectors, kCount - 1>(tile);
   }
-  MultiplyTile<kRead, kTileVectors, kCount>(tile);
+  MultiplyTile<kRead, kVectors, kCount>(tile);
 }
 
 void TileWindows(const Tile& tile) {
-  if (tile.from != nullptr) return ChooseTile<Read::kChosen, kTileCount>(tile);
-  ChooseTile<Read::kWindows, kTileCount>(tile);
+  if (tile.from != nullptr) return ChooseTile<Read::kChosen, kTileVectors, kTileCount>(tile);
+  ChooseTile<Read::kWindows, kTileVectors, kTileCount>(tile);
 }
-void TilePositions(const Tile& tile) { ChooseTile<Read::kPositions, kTileCount>(tile); }
+void TilePositions(const Tile& tile) {
+  if (tile.lanes <= Wide::kLanes) return ChooseTile<Read::kPositions, 1, kTileCount>(tile);
+  ChooseTile<Read::kPositions, kTileVectors, kTileCount>(tile);
+}
 
 // Blocks [0, blocks) of one stage for one vector of rows with a scale each; codes are `stride` apart from row to row,
 // and `step` from block to block.

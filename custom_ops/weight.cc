@@ -54,14 +54,16 @@ void Weight::Expand(const std::uint8_t* codes, const Tasks& tasks, float* dense)
   tasks.Each(decode_.tasks(), [&](size_t task) { decode_.Run(stored, scales, task, dense); });
 }
 
-void Weight::Row(const Source& source, size_t output, size_t col, size_t cols, float* out) const {
+void Weight::Rows(const Source& source, size_t output, size_t rows, size_t col, size_t cols, float* out,
+                  size_t stride) const {
   if (!by_output_) {
-    std::memcpy(out, source.dense + output * depth_ + col, cols * sizeof(float));
+    const float* from = source.dense + output * depth_ + col;
+    for (size_t r = 0; r < rows; ++r) std::memcpy(out + r * stride, from + r * depth_, cols * sizeof(float));
     return;
   }
   Coded matrix = coded_;
   matrix.codes = source.codes;
-  kernels_->decode_row(matrix, output, col / coded_.width, cols, scales_[output], out);
+  kernels_->decode_rows(matrix, output, rows, col / coded_.width, cols, scales_.data() + output, out, stride);
 }
 
 void Weight::Panel(const Source& source, size_t output, size_t rows, size_t col, size_t cols, float* room,
@@ -76,7 +78,7 @@ void Weight::Panel(const Source& source, size_t output, size_t rows, size_t col,
   std::fill(room + rows * stride, room + lanes * stride, 0.0F);
   for (size_t done = 0; done < cols; done += piece()) {
     const size_t now = std::min(piece(), cols - done);
-    for (size_t r = 0; r < rows; ++r) Row(source, output + r, col + done, now, room + r * stride);
+    Rows(source, output, rows, col + done, now, room, stride);
     kernels_->transpose(room, stride, lanes, now, out + done * lanes, lanes);
   }
 }

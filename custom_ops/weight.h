@@ -45,7 +45,8 @@ class Weight {
   std::size_t step() const { return step_; }
   // As many of them as are taken together: a multiple of `step`.
   std::size_t piece() const { return kTileDepth / step_ * step_; }
-  void Row(const Source& source, std::size_t output, std::size_t col, std::size_t cols, float* out) const;
+  void Rows(const Source& source, std::size_t output, std::size_t rows, std::size_t col, std::size_t cols, float* out,
+            std::size_t stride) const;
 
   // The same for `rows` outputs as tile_lanes columns, zeros beyond `rows`: out[col * tile_lanes + output].
   // `room` has PanelRoom() floats.

@@ -113,7 +113,7 @@ Part Grid::Inside(size_t out_row) const {
   return {begin, reach(pad + image_rows_) - begin};
 }
 
-void Grid::Lay(const float* image, float* out) const {
+void Grid::Lay(const Kernels& kernels, const float* image, float* out) const {
   for (const Phase& phase : phases_) {
     // Columns [first, last) of the phase are in the image.
     const size_t step = window_.stride[1];
@@ -134,8 +134,8 @@ void Grid::Lay(const float* image, float* out) const {
       const float* from = image + (padded - window_.begin[0]) * image_cols_ + (first * step + phase.col - pad);
       if (step == 1) {
         std::memcpy(out + first, from, (last - first) * sizeof(float));
-      } else if (step == 2) {  // a known distance, for the compiler
-        for (size_t x = first; x < last; ++x) out[x] = from[(x - first) * 2];
+      } else if (step == 2) {
+        kernels.every_second(from, last - first, out + first);
       } else {
         for (size_t x = first; x < last; ++x) out[x] = from[(x - first) * step];
       }

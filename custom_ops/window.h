@@ -11,6 +11,7 @@
 #include <span>
 #include <vector>
 
+#include "kernels.h"
 #include "split.h"
 #include "tensor.h"
 
@@ -70,7 +71,7 @@ class Grid {
   Part Inside(std::size_t out_row) const;
 
   // One channel's plane from its image.
-  void Lay(const float* image, float* plane) const;
+  void Lay(const Kernels& kernels, const float* image, float* plane) const;
 
  private:
   struct Phase {

@@ -1,5 +1,5 @@
-// What the kernels share that go channel by channel, over the vocabulary of kernels-inl.h and tile-inl.h and, from
-// `Wide`:
+// What the kernels share that go by the windows of an image, over the vocabulary of kernels-inl.h and tile-inl.h and,
+// from `Wide`:
 //
 //   Range, RangeOf(begin, end)      lanes begin to end - 1 (begin 0 or more, end at most kLanes)
 //   LoadRange(p, range)             these lanes, and zeros in the others
@@ -50,6 +50,19 @@ struct RowEnd {
     }
   }
 };
+
+void EverySecond(const float* from, std::size_t count, float* to) {
+  const auto split = [&](std::size_t i, std::size_t size) {  // of that many values
+    const std::size_t below = size < Wide::kLanes ? size : Wide::kLanes;
+    auto even = Wide::LoadRange(from + i * 2, Wide::RangeOf(0, below)), odd = even;
+    const auto second = Wide::LoadRange(from + i * 2 + below, Wide::RangeOf(0, size - below));
+    Wide::SplitPairs(even, second, &even, &odd);
+    return even;
+  };
+  std::size_t i = 0;
+  for (; i + Wide::kLanes <= count; i += Wide::kLanes) Wide::Store(to + i, split(i, 2 * Wide::kLanes - 1));
+  if (i < count) Wide::StorePart(to + i, count - i, split(i, 2 * (count - i) - 1));
+}
 
 }  // namespace
 }  // namespace vqonnx
