@@ -186,12 +186,15 @@ void Conv::RunWindows(const Call& call, const Image& image, const Tasks& tasks) 
   const size_t line_tiles = Ceil(line, count);
   const size_t depth = weight_.depth(), piece = KeptColumns();
   const bool at_once = depth <= piece;
-  const size_t blocks = PartsOf(lines * line, kBlockPositions, at_once ? count : kLeastPositions, groups_ * panels);
+  // Blocks of positions come one after the other, so that a thread mostly reads what it has laid out or has read
+  // before. Where there is one, few panels may be left for many threads: then its parts are shared out.
+  const size_t blocks = PartsOf(lines * line, kBlockPositions, kLeastPositions, groups_ * panels);
+  const size_t parts = at_once && blocks == 1 ? PartsOf(lines * line, kBlockPositions, count, groups_ * panels) : 1;
   const size_t most_tiles = Ceil(lines * line_tiles, blocks);
   const size_t out_plane = grid.out_rows * grid.out_cols;
 
-  tasks.Share(groups_ * panels, blocks, [&](size_t unit, const auto& next) {
-    const size_t panel = unit % panels, group = unit / panels;
+  tasks.Share(groups_ * blocks * panels, parts, [&](size_t unit, const auto& next) {
+    const size_t panel = unit % panels, block = unit / panels % blocks, group = unit / panels / blocks;
     const Part part = {panel * lanes, std::min(lanes, outputs - panel * lanes)};
     const size_t first = group * outputs + part.begin;
     const size_t tile_floats = Ceil(count, 8) * 8 * lanes;
@@ -207,8 +210,8 @@ void Conv::RunWindows(const Call& call, const Image& image, const Tasks& tasks) 
     const size_t out = (image.index * weight_.outputs() + first) * out_plane;
 
     bool decoded = false;
-    for (size_t block = next(); block < blocks; block = next()) {
-      const Part tiles = PartOf(lines * line_tiles, blocks, block);
+    for (size_t place = next(); place < parts; place = next()) {
+      const Part tiles = PartOf(lines * line_tiles, blocks * parts, block * parts + place);
       for (size_t col = 0; col < depth; col += piece) {
         const size_t cols = std::min(piece, depth - col);
         if (!decoded) weight_.Panel(image.weight, first, part.size, col, cols, room, vectors);
@@ -227,13 +230,13 @@ void Conv::RunWindows(const Call& call, const Image& image, const Tasks& tasks) 
                                   .add = col > 0,
                                   .from = needed.from});
           if (col + cols < depth) continue;
-          const size_t place = out + row * grid.out_cols + columns.begin;
+          const size_t to = out + row * grid.out_cols + columns.begin;
           kernels_->finish_across({.sums = its_sums,
                                    .pitch = lanes,
                                    .count = columns.size,
                                    .lanes = part.size,
-                                   .out = call.out + place,
-                                   .addend = call.addend == nullptr ? nullptr : call.addend + place,
+                                   .out = call.out + to,
+                                   .addend = call.addend == nullptr ? nullptr : call.addend + to,
                                    .stride = out_plane,
                                    .scales = nullptr,
                                    .bias = bias,

@@ -59,6 +59,10 @@ void MultiplyTile(const Tile& tile) {
     V vector[kVectors];
     VQONNX_UNROLL
     for (std::size_t j = 0; j < kVectors; ++j) vector[j] = Wide::Load(vectors + j * Wide::kLanes);
+    if constexpr (kRead == Read::kPositions) {
+      VQONNX_UNROLL
+      for (std::size_t j = 0; j < kVectors; ++j) VQONNX_FETCH(vectors + kTileLanes + j * Wide::kLanes);
+    }
     VQONNX_UNROLL
     for (std::size_t i = 0; i < kCount; ++i) {
       const V scalar = Wide::Set(scalars[i * (kRead == Read::kPositions ? kTilePitch : 1)]);
