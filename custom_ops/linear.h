@@ -94,11 +94,16 @@ class Conv {
 
  private:
   struct Image;
+  struct Cut;
+  class Planes;
   struct Room;
   class Bands;
   void Columns(const Grid& grid, std::int32_t* at, std::int32_t* kernel_rows) const;
-  void RunWindows(const Call& call, const Image& image, const Tasks& tasks) const;
-  void RunPositions(const Call& call, const Image& image, const Tasks& tasks) const;
+  Cut CutPositions(const Grid& grid) const;
+  Part RowsOf(const Cut& cut, const Grid& grid, std::size_t block) const;
+  Part PositionsOf(const Cut& cut, std::size_t span, std::size_t tile) const;
+  void RunWindows(const Call& call, const Image& image, const Cut& cut, const Tasks& tasks) const;
+  void RunPositions(const Call& call, const Image& image, const Cut& cut, const Tasks& tasks) const;
   std::size_t KeptColumns() const;
   void RunOnePosition(const Call& call, std::size_t images, const Tasks& tasks) const;
   void RunDepthwise(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;

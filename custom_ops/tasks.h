@@ -10,6 +10,36 @@
 
 namespace vqonnx {
 
+// What a thread does of things that have parts: the next thing, then its next part, each until there is none.
+class Shares {
+ public:
+  Shares(std::vector<std::atomic<std::size_t>>& taken, std::size_t parts, std::size_t first)
+      : taken_(taken), parts_(parts), first_(first) {
+    Skip();
+  }
+  bool empty() const { return seen_ == taken_.size(); }
+  bool Next(std::size_t& unit) {
+    Skip();
+    if (empty()) return false;
+    unit = Unit();
+    ++seen_;
+    return true;
+  }
+  bool NextPart(std::size_t unit, std::size_t& part) {
+    part = taken_[unit].fetch_add(1, std::memory_order_relaxed);
+    return part < parts_;
+  }
+
+ private:
+  std::size_t Unit() const { return (first_ + seen_) % taken_.size(); }
+  void Skip() {
+    while (!empty() && taken_[Unit()].load(std::memory_order_relaxed) >= parts_) ++seen_;
+  }
+
+  std::vector<std::atomic<std::size_t>>& taken_;
+  std::size_t parts_, first_, seen_ = 0;
+};
+
 class Tasks {
  public:
   // Calls task(data, i) for each i < count, in any order and at the same time. `task` throws nothing.
@@ -37,20 +67,18 @@ class Tasks {
     if (job.out_of_memory) throw std::bad_alloc();
   }
 
-  // Shares out `units` things of `parts` parts each, where it saves work to do several parts of the same thing:
-  // body(unit, next) does the parts that next() yields, until that is `parts`. A thread goes on with a thing while
-  // there are parts of it, and then helps with others, so that few things do for any number of threads.
+  // Shares out `units` things of `parts` parts, where it saves work to do several parts of the same thing, and things
+  // that are next to each other: body(shares) does what Next yields, on each thread once or more often. A thread begins
+  // somewhere of its own and goes on from there, at last with parts of things that others have begun: so few things do
+  // for any number of threads.
   template <class Body>
   void Share(std::size_t units, std::size_t parts, const Body& body) const {
     constexpr std::size_t kMostThreads = 64;  // that can take part
     std::vector<std::atomic<std::size_t>> taken(units);
     const std::size_t tasks = std::min(units * parts, kMostThreads);
     Each(tasks, [&](std::size_t task) {
-      for (std::size_t i = 0; i < units; ++i) {
-        const std::size_t unit = (task * units / tasks + i) % units;
-        if (taken[unit].load(std::memory_order_relaxed) >= parts) continue;
-        body(unit, [&] { return std::min(parts, taken[unit].fetch_add(1, std::memory_order_relaxed)); });
-      }
+      Shares shares(taken, parts, task * units / tasks);
+      if (!shares.empty()) body(shares);
     });
   }
 

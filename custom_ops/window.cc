@@ -91,16 +91,29 @@ Grid::Grid(const Window& w, size_t image_rows, size_t image_cols)
   const std::optional<size_t> floats = picture ? Times(*picture, phases_.size()) : picture;
   if (!floats || !Times(*floats, sizeof(float))) throw Invalid("an image plane of this size does not fit in memory");
   plane = *floats;
-  const size_t row_phases = remainders[0].size(), col_phases = remainders[1].size();
-  for (size_t y = 0; y < w.kernel[0]; ++y) {
-    for (size_t x = 0; x < w.kernel[1]; ++x) {
-      const size_t row = y * w.dilation[0], col = x * w.dilation[1];
-      const size_t phase = y % row_phases * col_phases + x % col_phases;
-      taps.push_back(phase * rows * cols + row / w.stride[0] * cols + col / w.stride[1]);
-    }
-  }
+  PlaceTaps();
   direct_ = phases_.size() == 1 && w.stride[0] == 1 && w.stride[1] == 1 && rows == image_rows && cols == image_cols &&
             w.begin[0] + w.begin[1] == 0;
+}
+
+void Grid::PlaceTaps() {
+  taps.clear();
+  const size_t row_phases = window_.Remainders(0), col_phases = window_.Remainders(1);
+  for (size_t y = 0; y < window_.kernel[0]; ++y) {
+    for (size_t x = 0; x < window_.kernel[1]; ++x) {
+      const size_t row = y * window_.dilation[0], col = x * window_.dilation[1];
+      const size_t phase = y % row_phases * col_phases + x % col_phases;
+      taps.push_back(phase * rows * cols + row / window_.stride[0] * cols + col / window_.stride[1]);
+    }
+  }
+}
+
+Grid Grid::WithRows(size_t its_rows) const {
+  Grid grid = *this;
+  grid.plane = plane / rows * its_rows;
+  grid.rows = its_rows;
+  grid.PlaceTaps();
+  return grid;
 }
 
 Part Grid::Inside(size_t out_row) const {
@@ -113,7 +126,7 @@ Part Grid::Inside(size_t out_row) const {
   return {begin, reach(pad + image_rows_) - begin};
 }
 
-void Grid::Lay(const Kernels& kernels, const float* image, float* out) const {
+void Grid::Lay(const Kernels& kernels, const float* image, size_t first_row, float* out) const {
   for (const Phase& phase : phases_) {
     // Columns [first, last) of the phase are in the image.
     const size_t step = window_.stride[1];
@@ -123,7 +136,7 @@ void Grid::Lay(const Kernels& kernels, const float* image, float* out) const {
     const size_t last =
         std::max(first, std::min(cols, beyond > phase.col ? (beyond - phase.col + step - 1) / step : 0));
     for (size_t y = 0; y < rows; ++y, out += cols) {
-      const size_t padded = y * window_.stride[0] + phase.row;
+      const size_t padded = (first_row + y) * window_.stride[0] + phase.row;
       const bool inside = padded >= window_.begin[0] && padded - window_.begin[0] < image_rows_;
       if (!inside || first == last) {
         std::fill(out, out + cols, 0.0F);

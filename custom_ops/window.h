@@ -70,8 +70,11 @@ class Grid {
   // dilation.
   Part Inside(std::size_t out_row) const;
 
-  // One channel's plane from its image.
-  void Lay(const Kernels& kernels, const float* image, float* plane) const;
+  // The same for some rows of the output only, so many that their planes have `rows` rows.
+  Grid WithRows(std::size_t rows) const;
+
+  // One channel's plane from its image, from row `first` of the output on.
+  void Lay(const Kernels& kernels, const float* image, std::size_t first, float* plane) const;
 
  private:
   struct Phase {
@@ -81,6 +84,7 @@ class Grid {
   std::size_t image_rows_, image_cols_;
   std::vector<Phase> phases_;
   bool direct_;
+  void PlaceTaps();
 };
 
 // Of a convolution with such a weight. Throws Invalid where an image [n, channels, size..] does not suit it.
