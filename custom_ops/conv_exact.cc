@@ -41,8 +41,6 @@ struct Conv::Image {
   const float* x;    // [groups * channels][plane of the image]
   size_t x_plane, index;
   bool direct;
-  const std::int32_t* at;  // where each column of the weight finds its values in the planes of a band
-  const Border& border;
   Weight::Source weight;
 };
 
@@ -192,15 +190,9 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
   const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
   const bool direct = grid.direct() && (!cut.positions || span >= kernels_->tile_lanes);
   const Grid band = grid.WithRows(direct ? grid.rows : cut.band_rows + grid.rows - grid.out_rows);
-  Border border(grid, cut.positions ? 0 : weight_.depth(), cut.piece, kernels_->tile_lanes);
-  Scratch scratch(Use::kRun, Scratch::Room<float>(weight_.dense_size()) +
-                                 2 * Scratch::Room<std::int32_t>(weight_.depth()) + border.room());
+  Scratch scratch(Use::kRun, Scratch::Room<float>(weight_.dense_size()));
   auto* dense = scratch.Take<float>(weight_.dense_size());
-  auto* at = scratch.Take<std::int32_t>(weight_.depth());
   if (weight_.dense_size() > 0) weight_.Expand(call.codes, tasks, dense);
-  auto* kernel_rows = scratch.Take<std::int32_t>(weight_.depth());
-  Columns(band, at, kernel_rows);
-  border.Fill(at, kernel_rows, scratch);
   for (size_t n = 0; n < images; ++n) {
     const Image image = {.grid = grid,
                          .band = band,
@@ -208,8 +200,6 @@ void Conv::RunExact(const Call& call, std::span<const std::int64_t> shape, const
                          .x_plane = image_plane,
                          .index = n,
                          .direct = direct,
-                         .at = at,
-                         .border = border,
                          .weight = {call.codes, dense}};
     if (cut.positions) {
       RunPositions(call, image, cut, tasks);
@@ -262,14 +252,20 @@ void Conv::RunWindows(const Call& call, const Image& image, const Cut& cut, cons
   // Panels of a block come one after the other: a thread lays it out once.
   tasks.Share(groups_ * cut.blocks * panels, cut.parts, [&](Shares& shares) {
     Planes planes(image, channels_, *kernels_);
+    Border border(grid, depth, cut.piece, lanes);
     Scratch scratch(Use::kTask, Scratch::Room<float>(weight_.PanelRoom()) + Scratch::Room<float>(cut.piece * lanes) +
                                     Scratch::Room<float>(sums_floats) + Scratch::Room<float>(lanes) +
-                                    Scratch::Room<float>(planes.room()));
+                                    Scratch::Room<float>(planes.room()) + 2 * Scratch::Room<std::int32_t>(depth) +
+                                    border.room());
     auto* room = scratch.Take<float>(weight_.PanelRoom());
     auto* vectors = scratch.Take<float>(cut.piece * lanes);
     auto* sums = scratch.Take<float>(sums_floats);
     auto* bias = scratch.Take<float>(lanes);
     auto* laid = scratch.Take<float>(planes.room());
+    auto* at = scratch.Take<std::int32_t>(depth);
+    auto* kernel_rows = scratch.Take<std::int32_t>(depth);
+    Columns(image.band, at, kernel_rows);
+    border.Fill(at, kernel_rows, scratch);
 
     for (size_t unit; shares.Next(unit);) {
       const size_t panel = unit % panels, block = unit / panels % cut.blocks, group = unit / panels / cut.blocks;
@@ -289,7 +285,7 @@ void Conv::RunWindows(const Call& call, const Image& image, const Cut& cut, cons
             const size_t row = (tiles.begin + t) / cut.line_tiles;
             const Part columns = PartOf(cut.line, cut.line_tiles, (tiles.begin + t) % cut.line_tiles);
             float* its_sums = sums + (at_once ? 0 : t * tile_floats);
-            const Border::Columns needed = image.border.Of(row, col);
+            const Border::Columns needed = border.Of(row, col);
             kernels_->tile_windows({.vectors = vectors,
                                     .scalars = planes.At(row, columns.begin),
                                     .at = needed.at,
@@ -335,11 +331,14 @@ void Conv::RunPositions(const Call& call, const Image& image, const Cut& cut, co
   tasks.Share(groups_ * cut.blocks * strips, cut.parts, [&](Shares& shares) {
     Planes planes(image, channels_, *kernels_);
     Scratch scratch(Use::kTask, Scratch::Room<float>(most_strip * kTilePitch) + Scratch::Room<float>(sums_floats) +
-                                    Scratch::Room<float>(most_strip) + Scratch::Room<float>(planes.room()));
+                                    Scratch::Room<float>(most_strip) + Scratch::Room<float>(planes.room()) +
+                                    2 * Scratch::Room<std::int32_t>(depth));
     auto* scalars = scratch.Take<float>(most_strip * kTilePitch);
     auto* sums = scratch.Take<float>(sums_floats);
     auto* bias = scratch.Take<float>(most_strip);
     auto* laid = scratch.Take<float>(planes.room());
+    auto* at = scratch.Take<std::int32_t>(depth);
+    Columns(image.band, at, scratch.Take<std::int32_t>(depth));
 
     for (size_t unit, place; shares.Next(unit);) {
       if (!shares.NextPart(unit, place)) continue;
@@ -377,7 +376,7 @@ void Conv::RunPositions(const Call& call, const Image& image, const Cut& cut, co
           const bool at_end = is_last && is_one && !call.activation.silu;
           kernels_->tile_positions({.vectors = planes.At(positions.begin / grid.cols, positions.begin % grid.cols),
                                     .scalars = scalars,
-                                    .at = image.at + col,
+                                    .at = at + col,
                                     .depth = cols,
                                     .count = part.size,
                                     .sums = its_sums,
