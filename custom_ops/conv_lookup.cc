@@ -154,7 +154,7 @@ void Conv::AddPosition(const Lookup::Chunk& chunk, const Lookup::Class& tap_clas
     if (!wanted) continue;
     if (!is_built) lookup.Build(chunk, room.rounded + column * lookup.chunk_values(), room.tables);
     is_built = true;
-    lookup.Sum(chunk, t, room.tables, room.factors[column], its_sums, true);
+    lookup.Sum(chunk, t, room.tables, room.factors[column], its_sums, true, lookup.NextTile(chunk, t));
   }
 }
 
@@ -190,13 +190,13 @@ bool Conv::RunLookup(const Call& call, std::span<const std::int64_t> shape, cons
     Scratch scratch(Use::kTask, Scratch::Room<float>(sums_floats) + Scratch::Room<float>(kSetRows) +
                                     Scratch::Room<float>(values) + Scratch::Room<std::int16_t>(values) +
                                     Scratch::Room<float>(image_cols) +
-                                    Scratch::Room<std::uint8_t>(Lookup::TableBytes()));
+                                    Scratch::Room<std::uint8_t>(lookup.table_bytes()));
     const Room room = {.sums = scratch.Take<float>(sums_floats),
                        .nowhere = scratch.Take<float>(kSetRows),
                        .turned = scratch.Take<float>(values),
                        .rounded = scratch.Take<std::int16_t>(values),
                        .factors = scratch.Take<float>(image_cols),
-                       .tables = scratch.Take<std::uint8_t>(Lookup::TableBytes())};
+                       .tables = scratch.Take<std::uint8_t>(lookup.table_bytes())};
     const float its_most = SumBand(call.codes, call.x + image * channels_ * image_rows * image_cols, image_rows,
                                    image_cols, grid, bands, band, room);
     for (float seen = most; seen < its_most && !most.compare_exchange_weak(seen, its_most);) continue;

@@ -137,10 +137,9 @@ struct BuildTables {
 
 struct SumTables {
   const std::uint8_t* codes;  // [blocks][sets][kSetRows]
-  // If not null, instead: for each set [blocks][kSetRows] in the order of rows, and what will be wanted next.
+  // If not null, instead: for each set [blocks][kSetRows] in the order of rows, and as much that will be wanted next.
   const std::uint8_t* const* strips;
   const std::uint8_t* const* next;
-  bool is_near;  // what is in `strips`
   const std::uint8_t* tables;
   std::size_t blocks;  // at most kTableBlocks
   std::size_t sets;    // 1 to kMostSets

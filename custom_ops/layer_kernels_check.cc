@@ -360,7 +360,6 @@ void CheckTables(const Kernels& kernels, unsigned seed) {
   SumTables sum = {.codes = codes.data(),
                    .strips = nullptr,
                    .next = nullptr,
-                   .is_near = Pick(random, 0, 1) != 0,
                    .tables = tables.data(),
                    .blocks = blocks,
                    .sets = sets,

@@ -59,6 +59,7 @@ class Matrix {
   bool ByTables(std::size_t rows) const;
   void RunExact(const Call& call, std::size_t rows, const Tasks& tasks) const;
   void RunDots(const Call& call, std::size_t rows, const Tasks& tasks) const;
+  void RunOneRow(const Call& call, const Tasks& tasks) const;
   void RunFewRows(const Call& call, std::size_t rows, const Tasks& tasks) const;
   void RunManyRows(const Call& call, std::size_t rows, const Tasks& tasks) const;
   struct Cut;

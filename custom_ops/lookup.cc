@@ -273,12 +273,11 @@ void Lookup::Build(const Chunk& chunk, const std::int16_t* rounded, std::uint8_t
 }
 
 void Lookup::Sum(const Chunk& chunk, size_t tile, const std::uint8_t* tables, float factor, float* const* sums,
-                 bool add) const {
-  if (strip_bytes_ > 0) return SumStrips(chunk, tile, tables, factor, sums, add);
+                 bool add, const Next& next) const {
+  if (strip_bytes_ > 0) return SumStrips(chunk, tile, tables, factor, sums, add, next);
   kernels_->sum_tables({.codes = chunk.codes + stages_ * chunk.blocks * tiles_[tile].first_set * kSetRows,
                         .strips = nullptr,
                         .next = nullptr,
-                        .is_near = false,
                         .tables = tables,
                         .blocks = stages_ * chunk.blocks,
                         .sets = tiles_[tile].sets,
@@ -292,20 +291,17 @@ const std::uint8_t* Lookup::Strip(const std::uint8_t* stored, size_t stage, size
 }
 
 void Lookup::SumStrips(const Chunk& chunk, size_t tile, const std::uint8_t* tables, float factor, float* const* sums,
-                       bool add) const {
+                       bool add, const Next& next) const {
   const Tile& its = tiles_[tile];
-  // What comes next: the same inputs of the next tile, or the next inputs.
-  const size_t next_tile = (tile + 1) % tiles_.size(), beyond = chunk.first_block + chunk.blocks;
-  const size_t next_block = next_tile > 0 ? chunk.first_block : beyond < tap_blocks_ ? beyond : 0;
   const auto line = [&](size_t set, size_t block) {  // within its strip
     return (sets_[set].tap * tap_blocks_ + block) * bits_ / kOctet * kSetRows;
   };
   alignas(64) std::uint8_t unpacked[kMostSets][kTableBlocks / 2 * kSetRows];
   for (size_t stage = 0; stage < stages_; ++stage) {
-    const std::uint8_t *strips[kMostSets], *next[kMostSets];
+    const std::uint8_t *strips[kMostSets], *later[kMostSets];
     for (size_t i = 0; i < its.sets; ++i) {
-      const size_t set = its.first_set + i, next_set = (tiles_[next_tile].first_set + i) % sets_.size();
-      next[i] = Strip(chunk.codes, stage, next_set) + line(next_set, next_block);
+      const size_t set = its.first_set + i, next_set = (tiles_[next.tile].first_set + i) % sets_.size();
+      later[i] = Strip(chunk.codes, stage, next_set) + line(next_set, next.first_block);
       strips[i] = Strip(chunk.codes, stage, set) + line(set, chunk.first_block);
       if (bits_ == kOctet) continue;
       kernels_->unpack_strip(Strip(chunk.codes, stage, set), strip_bytes_ / kSetRows, bits_,
@@ -314,8 +310,7 @@ void Lookup::SumStrips(const Chunk& chunk, size_t tile, const std::uint8_t* tabl
     }
     kernels_->sum_tables({.codes = nullptr,
                           .strips = strips,
-                          .next = next,
-                          .is_near = bits_ < kOctet,
+                          .next = later,
                           .tables = tables + stage * chunk.blocks * kTableBytes,
                           .blocks = chunk.blocks,
                           .sets = its.sets,

@@ -42,7 +42,8 @@ class Lookup {
   std::size_t chunks() const { return (tap_blocks_ - 1) / chunk_blocks_ + 1; }
   Chunk At(std::size_t chunk, const std::uint8_t* stored) const;
 
-  static std::size_t TableBytes() { return kTableBlocks * kTableBytes; }
+  // Room for the tables of a chunk.
+  std::size_t table_bytes() const { return stages_ * chunk_blocks_ * kTableBytes; }
   std::size_t chunk_values() const { return chunk_blocks_ * even_width_; }
 
   // Rounds the inputs [first_block * width, ..) of a chunk, `x` being the first of them and `inputs` how many there are
@@ -62,8 +63,22 @@ class Lookup {
   struct Class {
     std::size_t first_tile, tiles;
   };
-  void Sum(const Chunk& chunk, std::size_t tile, const std::uint8_t* tables, float factor, float* const* sums,
-           bool add) const;
+  // `next`: what will be asked for then, of which the codes are fetched early.
+  struct Next {
+    std::size_t tile, first_block;
+  };
+  void Sum(const Chunk& chunk, std::size_t tile, const std::uint8_t* tables, float factor, float* const* sums, bool add,
+           const Next& next) const;
+  // The same inputs of the next tile; after the last one, the next inputs.
+  Next NextTile(const Chunk& chunk, std::size_t tile) const {
+    if (tile + 1 < tiles_.size()) return {tile + 1, chunk.first_block};
+    const std::size_t beyond = chunk.first_block + chunk.blocks;
+    return {0, beyond < tap_blocks_ ? beyond : 0};
+  }
+
+  // Whether codes are read where they are stored: outputs apart, all inputs of 64 of them together. A copy has the inputs
+  // of a chunk together.
+  bool in_strips() const { return strip_bytes_ > 0; }
 
   // Brings sums that are complete to the order of outputs.
   void Sort(float* sums, std::size_t sets) const {
@@ -99,7 +114,7 @@ class Lookup {
   template <class Use>
   void CopyCodes(const Coded& m, std::size_t groups, Use use);
   void SumStrips(const Chunk& chunk, std::size_t tile, const std::uint8_t* tables, float factor, float* const* sums,
-                 bool add) const;
+                 bool add, const Next& next) const;
   const std::uint8_t* Strip(const std::uint8_t* stored, std::size_t stage, std::size_t set) const;
 
   const Kernels* kernels_;

@@ -14,38 +14,9 @@ using std::size_t;
 
 constexpr size_t kBlockRows = 1024;  // rows of x that share a decoded piece of the weight
 
-constexpr size_t kFewRows = 8;    // that share each chunk of codes while it is near, whoever has it
-constexpr size_t kParts = 8;      // of the inputs, then: a fixed number, so that sums never depend on threads
-constexpr size_t kPieceRows = 4;  // otherwise
-constexpr size_t kPieceOutputs = 1024;
+constexpr size_t kFewRows = 8;  // that share each chunk of codes while it is near, whoever has it
 constexpr size_t kDotOutputs = 64;
 constexpr size_t kTableOutputs = 512;  // where a task makes tables of products; half of it if there are few outputs
-
-// What a task needs for lookups, and `floats` more.
-struct Room {
-  Room(const Lookup& lookup, size_t floats)
-      : scratch(Use::kTask, Scratch::Room<std::uint8_t>(Lookup::TableBytes()) +
-                                Scratch::Room<std::int16_t>(lookup.chunk_values()) + Scratch::Room<float>(floats)),
-        tables(scratch.Take<std::uint8_t>(Lookup::TableBytes())),
-        rounded(scratch.Take<std::int16_t>(lookup.chunk_values())),
-        sums(scratch.Take<float>(floats)) {}
-  Scratch scratch;
-  std::uint8_t* tables;
-  std::int16_t* rounded;
-  float* sums;
-};
-
-void SumRow(const Lookup& lookup, const Lookup::Chunk& chunk, const float* x, size_t inputs, const Room& room,
-            float* sums, bool add) {
-  const float factor = lookup.Round(chunk, x + chunk.first_block * lookup.width(), inputs, room.rounded).factor;
-  lookup.Build(chunk, room.rounded, room.tables);
-  for (size_t index = 0; index < lookup.tiles().size(); ++index) {
-    const Lookup::Tile& tile = lookup.tiles()[index];
-    float* its_sums[kMostSets];
-    for (size_t i = 0; i < tile.sets; ++i) its_sums[i] = sums + lookup.sets()[tile.first_set + i].output;
-    lookup.Sum(chunk, index, room.tables, factor, its_sums, add);
-  }
-}
 
 }  // namespace
 
@@ -91,6 +62,7 @@ void Matrix::Run(const Call& call, size_t rows, const Tasks& tasks) const {
   if (!lookup_ || !ByTables(rows) || !lookup_->Suits(call.x, rows * weight_.depth())) {
     return EntriesProducts(rows) < ExactProducts(rows) ? RunEntries(call, rows, tasks) : RunExact(call, rows, tasks);
   }
+  if (rows == 1 && lookup_->in_strips()) return RunOneRow(call, tasks);
   if (rows <= kFewRows) return RunFewRows(call, rows, tasks);
   RunManyRows(call, rows, tasks);
 }
@@ -107,55 +79,6 @@ void Matrix::FinishRow(const Call& call, size_t row, size_t output, size_t count
                             .scales = weight_.scales().data() + output,
                             .bias = call.bias + output,
                             .activation = call.activation});
-}
-
-// The chunks of inputs are dealt out, each part of them to sums of its own, which are added up at last.
-void Matrix::RunFewRows(const Call& call, size_t rows, const Tasks& tasks) const {
-  if (rows == 0) return;
-  const Lookup& lookup = *lookup_;
-  const size_t depth = weight_.depth(), outputs = weight_.outputs(), padded = lookup.padded_outputs();
-  const size_t parts = std::min(lookup.chunks(), kParts);
-  Scratch scratch(Use::kRun, Scratch::Room<float>(parts * rows * padded));
-  auto* sums = scratch.Take<float>(parts * rows * padded);
-  tasks.Each(parts, [&](size_t part) {
-    const Room own(lookup, 0);
-    const size_t begin = lookup.chunks() * part / parts, end = lookup.chunks() * (part + 1) / parts;
-    for (size_t index = begin; index < end; ++index) {
-      const Lookup::Chunk chunk = lookup.At(index, call.codes);
-      for (size_t row = 0; row < rows; ++row) {
-        SumRow(lookup, chunk, call.x + row * depth, depth, own, sums + (part * rows + row) * padded, index > begin);
-      }
-    }
-  });
-  const size_t pieces = Ceil(outputs, kPieceOutputs);
-  tasks.Each(rows * pieces, [&](size_t task) {
-    const size_t row = task / pieces, first = task % pieces * kPieceOutputs;
-    const size_t count = std::min(kPieceOutputs, outputs - first);
-    alignas(64) float total[kPieceOutputs];
-    kernels_->add_up(sums + row * padded + first, rows * padded, parts, count, total);
-    lookup.Sort(total, count / kSetRows);
-    FinishRow(call, row, first, count, total);
-  });
-}
-
-// Rows are dealt out. Each chunk of codes is read again for each row of a piece, but from a near cache.
-void Matrix::RunManyRows(const Call& call, size_t rows, const Tasks& tasks) const {
-  const Lookup& lookup = *lookup_;
-  const size_t depth = weight_.depth(), padded = lookup.padded_outputs();
-  tasks.Each(Ceil(rows, kPieceRows), [&](size_t piece) {
-    const size_t first = piece * kPieceRows, count = std::min(kPieceRows, rows - first);
-    const Room own(lookup, count * padded);
-    for (size_t index = 0; index < lookup.chunks(); ++index) {
-      const Lookup::Chunk chunk = lookup.At(index, call.codes);
-      for (size_t row = 0; row < count; ++row) {
-        SumRow(lookup, chunk, call.x + (first + row) * depth, depth, own, own.sums + row * padded, index > 0);
-      }
-    }
-    lookup.Sort(own.sums, count * padded / kSetRows);
-    for (size_t row = 0; row < count; ++row) {
-      FinishRow(call, first + row, 0, weight_.outputs(), own.sums + row * padded);
-    }
-  });
 }
 
 // Words are multiplied where they stand.

@@ -255,32 +255,30 @@ void SortRows(float* sums, std::size_t sets) {
 template <std::size_t kSets, bool kStrips>
 void SumSets(const SumTables& s) {
   constexpr std::size_t kAhead = 8192;  // bytes of codes that are fetched early: they may come from memory
-  // Strips are often a multiple of 4 KB apart, and then all of a block compete for the same places in the nearest
-  // cache, so that little of them can be fetched early.
-  constexpr std::size_t kBlocksAhead = 8;
   ByteSums lows[kSets], highs[kSets];
   VQONNX_UNROLL
   for (std::size_t i = 0; i < kSets; ++i) lows[i] = highs[i] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
   constexpr std::size_t kStep = kStrips ? 0 : kSets * kSetRows;
-  const std::size_t late = s.is_near || s.blocks <= kBlocksAhead ? 0 : s.blocks - kBlocksAhead;
   const std::uint8_t* codes = s.codes;
   const std::uint8_t* table = s.tables;
   const std::uint8_t *strips[kSets], *ahead[kSets];
   for (std::size_t i = 0; kStrips && i < kSets; ++i) {
     strips[i] = s.strips[i];
-    ahead[i] = late > 0 ? s.strips[i] + kBlocksAhead * kSetRows : s.next[i];
+    ahead[i] = s.next[i];
   }
   for (std::size_t block = 0; block < s.blocks; ++block, codes += kStep, table += kTableBytes) {
     const Bytes low = {LoadBytes(table), LoadBytes(table + 64), LoadBytes(table + 128), LoadBytes(table + 192)};
     const Bytes high = {LoadBytes(table + 256), LoadBytes(table + 320), LoadBytes(table + 384), LoadBytes(table + 448)};
-    if (kStrips && block == late && late > 0) {
-      for (std::size_t i = 0; i < kSets; ++i) ahead[i] = s.next[i] - late * kSetRows;
-    }
     VQONNX_UNROLL
     for (std::size_t i = 0; i < kSets; ++i) {
       const std::uint8_t* its = kStrips ? strips[i] + block * kSetRows : codes + i * kSetRows;
-      const std::uint8_t* later = kStrips ? ahead[i] + block * kSetRows : its + kAhead;
-      _mm_prefetch(reinterpret_cast<const char*>(later), _MM_HINT_T0);
+      if (kStrips) {
+        // To the second cache: strips are often a multiple of 4 KB apart, and then all of a block compete for the same
+        // places in the nearest one, which also cannot wait for as many lines at once.
+        _mm_prefetch(reinterpret_cast<const char*>(ahead[i] + block * kSetRows), _MM_HINT_T1);
+      } else {
+        _mm_prefetch(reinterpret_cast<const char*>(its + kAhead), _MM_HINT_T0);
+      }
       AddLookups(its, low, high, lows[i], highs[i]);
     }
   }
