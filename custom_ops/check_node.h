@@ -3,8 +3,10 @@
 #define VQONNX_CHECK_NODE_H_
 
 #include <algorithm>
+#include <atomic>
 #include <initializer_list>
 #include <numeric>
+#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -28,6 +30,21 @@ class Shuffled : public Tasks {
 
  private:
   unsigned seed_;
+};
+
+// Every task once, by some threads at the same time.
+class Threads : public Tasks {
+ public:
+  void Run(size_t count, void (*task)(void*, size_t), void* data) const override {
+    std::atomic<size_t> next = 0;
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 3; ++i) {
+      threads.emplace_back([&] {
+        for (size_t index = next++; index < count; index = next++) task(data, index);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
 };
 
 struct Node {

@@ -93,6 +93,14 @@ void CheckMatrix(const Kernels& kernels, unsigned seed) {
     call.activation.silu = seed % 5 == 1;
     call.out = out.data();
     matrix.Run(call, rows, Shuffled(seed));
+    if (seed % 3 == 0) {
+      std::vector<float> again(rows * outputs);
+      call.out = again.data();
+      matrix.Run(call, rows, Threads());
+      if (!std::equal(again.begin(), again.end(), out.data(), Same)) {
+        return Fail(kernels, node.sample, "Matrix" + std::string(HowOf(precision)) + " depends on threads");
+      }
+    }
     std::vector<double> want(rows * outputs), bound(rows * outputs);
     for (size_t i = 0; i < want.size(); ++i) {
       want[i] = Activated(call.addend != nullptr ? sums[i] + addend[i] : sums[i], call.activation);
@@ -189,6 +197,14 @@ void CheckConv(const Kernels& kernels, unsigned seed) {
     call.activation.silu = seed % 5 == 1;
     call.out = out.data();
     conv.Run(call, shape, Shuffled(seed));
+    if (seed % 3 == 0) {
+      std::vector<float> again(addend.size());
+      call.out = again.data();
+      conv.Run(call, shape, Threads());
+      if (!std::equal(again.begin(), again.end(), out.data(), Same)) {
+        return Fail(kernels, node.sample, "Conv" + std::string(HowOf(precision)) + " depends on threads");
+      }
+    }
     std::vector<double> want(addend.size()), bound(addend.size());
     for (size_t i = 0; i < want.size(); ++i) {
       want[i] = Activated(call.addend != nullptr ? sums[i] + addend[i] : sums[i], call.activation);
