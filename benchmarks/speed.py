@@ -9,7 +9,8 @@ medians over rounds and medians of the rounds' ratios. Processes differ by a few
 the one whose ratio to fp32 is the median, with the range of the five. With one thread the clock is the thread's CPU
 time, with two it is wall time, and all sessions share one pool. ``hot``: the same weights at every call; ``cold``:
 copies of the layer that take 160 MB or more, all within one session, one after the other, for each way. ``--work``
-keeps the networks.
+keeps the networks. ``--round-trip build/check/kernels_check`` asks that program around each round with two threads how
+far apart the processors are, and adds the ratios of near and of far rounds to the result (give more ``--rounds``).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -182,6 +184,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("build/speed"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="another folder for those of another processor")
+    parser.add_argument("--round-trip", type=Path, help="kernels_check, for cases with two threads")
     parser.add_argument("--here", choices=("make", "time"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.case == ["table"]:
@@ -197,7 +200,7 @@ def main() -> None:
         if chosen.here == "make":
             case.ways(chosen.work)
         else:
-            print(json.dumps(measure(case, chosen.work, chosen.rounds)))
+            print(json.dumps(measure(case, chosen.work, chosen.rounds, chosen.round_trip)))
         return
     chosen.results.mkdir(parents=True, exist_ok=True)
     for case in cases or [case for case in CASES if not result_path(case, chosen.results).exists()]:
@@ -205,6 +208,7 @@ def main() -> None:
         if case.isa is not None:
             environment["VQONNX_ISA"] = case.isa
         command = [sys.executable, __file__, case.name, "--work", str(chosen.work), "--rounds", str(chosen.rounds)]
+        command += ["--round-trip", str(chosen.round_trip)] if chosen.round_trip else []
         # Each in a process of its own: threads and instruction set are settled once, and to make a network's files
         # takes sessions with other threads.
         found: list[dict[str, Any]] = []
@@ -236,7 +240,7 @@ def result_path(case: Case, folder: Path) -> Path:
     return folder / f"{case.name}.json"
 
 
-def measure(case: Case, work: Path, rounds: int) -> dict[str, Any]:
+def measure(case: Case, work: Path, rounds: int, round_trip: Path | None = None) -> dict[str, Any]:
     """What a result says."""
     use_threads(case.threads)
     ways = case.ways(work)
@@ -266,11 +270,34 @@ def measure(case: Case, work: Path, rounds: int) -> dict[str, Any]:
     sessions = {name: open_way(way, case.threads) for name, way in ways.items()}
     if case.threads > 1:
         pin_threads()
+    asked = _round_trip(round_trip) if round_trip and case.threads > 1 else None
     timing = time_in_turn(
-        sessions, {name: way.layers for name, way in ways.items()}, _feed, threads=case.threads, rounds=rounds
+        sessions,
+        {name: way.layers for name, way in ways.items()},
+        _feed,
+        threads=case.threads,
+        rounds=rounds,
+        round_trip=asked,
     )
-    errors = _errors(sessions)
-    return result | {"microseconds": timing.microseconds, "ratios": timing.ratios, "relative_error": errors}
+    apart = {name: asdict(found) for name, found in (("near", timing.near), ("far", timing.far)) if found}
+    result |= {"microseconds": timing.microseconds, "ratios": timing.ratios} | apart
+    return result | {"relative_error": _errors(sessions)}
+
+
+def _round_trip(program: Path) -> Callable[[], float]:
+    """Nanoseconds, as the program says; it may use all processors, whatever this thread is kept on."""
+    everywhere = set(range(os.cpu_count() or 1))
+
+    def ask() -> float:
+        own = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, everywhere)  # which the program inherits
+        try:
+            said = subprocess.run([program, "--round-trip"], capture_output=True, text=True, check=True).stdout
+        finally:
+            os.sched_setaffinity(0, own)
+        return float(said.split()[0])
+
+    return ask
 
 
 def _feed(session: onnxruntime.InferenceSession) -> dict[str, np.ndarray]:
@@ -310,6 +337,11 @@ def _span(result: dict[str, Any]) -> str:
     return " ({:.2f} to {:.2f}x fp32)".format(*result["fp32_ratios"]) if "fp32_ratios" in result else ""
 
 
+def _apart(result: dict[str, Any], other: str) -> str:
+    """The ratios of rounds with the processors near each other and far apart, if there were both or one of them."""
+    return "".join(f", {name} {result[name]['ratios'][other]:.2f}x" for name in ("near", "far") if name in result)
+
+
 def table(folder: Path) -> str:
     """Every case with a result in a folder: floors, aims, and what was measured."""
     lines = [
@@ -332,7 +364,7 @@ def _rows(case: Case, result: dict[str, Any]) -> list[str]:
     for other, ratio in result["ratios"].items():
         least, aim = case.goals.get(other, (None, None))
         below = "" if least is None or ratio >= least else "**below** "
-        span = _span(result) if other == "fp32" else ""
+        span = (_span(result) if other == "fp32" else "") + _apart(result, other)
         rows.append(
             f"| {case.name} | {case.threads} | {other} | {_cell(least)} | {_cell(aim)} | {below}{ratio:.2f}x{span} "
             f"| {times['vqonnx']:.1f} | {times[other]:.1f} | {'' if error is None else f'{error:.1e}'} |"

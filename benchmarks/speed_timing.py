@@ -18,6 +18,8 @@ import onnxruntime
 from vqonnx.runtime import get_library_path
 
 _BLOCK = 0.02  # seconds of back-to-back calls before the next one has its turn
+_NEAR, _FAR = 215.0, 260.0  # nanoseconds there and back, at most and at least
+_LEAST_ROUNDS = 5
 _CALL = "call"  # what a call costs that computes nothing
 
 
@@ -41,6 +43,17 @@ class Timing:
     """Microseconds of one layer (or network) by way, and how many times as long as the first way the others take."""
 
     microseconds: dict[str, float]
+    ratios: dict[str, float]
+    near: Distance | None = None
+    far: Distance | None = None
+
+
+@dataclass(frozen=True)
+class Distance:
+    """The same of the rounds in which a cache line took so many nanoseconds to the other processor and back."""
+
+    nanoseconds: tuple[float, float]
+    rounds: int
     ratios: dict[str, float]
 
 
@@ -85,11 +98,13 @@ def time_in_turn(
     *,
     threads: int,
     rounds: int,
+    round_trip: Callable[[], float] | None = None,
 ) -> Timing:
     """Medians over rounds, and medians of each round's ratio to the first session.
 
     With one thread the clock is that thread's CPU time, which a busy neighbour does not lengthen (but for what it takes
     of caches and memory); with more it is wall time. What a call costs that computes nothing is taken off.
+    ``round_trip`` is asked around each round, where processors may be near each other at some times only.
     """
     clock = time.thread_time if threads == 1 else time.perf_counter
     calls = {name: _bound(session, feed(session)) for name, session in sessions.items()}
@@ -97,6 +112,7 @@ def time_in_turn(
     repeats = {name: _repeats(call) for name, call in calls.items()}
     names = list(calls)
     taken: dict[str, list[float]] = {name: [] for name in names}
+    trips = [round_trip()] if round_trip else []
     for number in range(rounds):
         for place in range(len(names)):
             name = names[(place + number) % len(names)]
@@ -105,16 +121,33 @@ def time_in_turn(
             for _ in range(repeats[name]):
                 call()
             taken[name].append((clock() - start) / repeats[name])
+        trips += [round_trip()] if round_trip else []
     idle = median(taken.pop(_CALL))
     each = {name: [max(value - idle, 1e-9) / layers[name] for value in values] for name, values in taken.items()}
     first = each[names[0]]
+    ratios = {
+        name: [value / own for value, own in zip(values, first, strict=True)]
+        for name, values in each.items()
+        if name != names[0]
+    }
     return Timing(
         {name: round(1e6 * median(values), 3) for name, values in each.items()},
-        {
-            name: round(median(value / own for value, own in zip(values, first, strict=True)), 3)
-            for name, values in each.items()
-            if name != names[0]
-        },
+        {name: round(median(values), 3) for name, values in ratios.items()},
+        _at_distance(ratios, trips, 0, _NEAR),
+        _at_distance(ratios, trips, _FAR, float("inf")),
+    )
+
+
+def _at_distance(ratios: Mapping[str, list[float]], trips: list[float], least: float, most: float) -> Distance | None:
+    """Of the rounds that began and ended with such a round trip, if there are some."""
+    chosen = [n for n in range(len(trips) - 1) if least <= min(trips[n : n + 2]) and max(trips[n : n + 2]) <= most]
+    if len(chosen) < _LEAST_ROUNDS:
+        return None
+    of_chosen = [trip for n in chosen for trip in trips[n : n + 2]]
+    return Distance(
+        (min(of_chosen), max(of_chosen)),
+        len(chosen),
+        {name: round(median(values[n] for n in chosen), 3) for name, values in ratios.items()},
     )
 
 

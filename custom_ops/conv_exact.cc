@@ -155,7 +155,7 @@ Part Conv::RowsOf(const Cut& cut, const Grid& grid, size_t block) const {
   size_t first, last;  // positions
   if (cut.positions) {
     const size_t span = (grid.out_rows - 1) * grid.cols + grid.out_cols;
-    first = PositionsOf(cut, span, tiles.begin).begin / grid.cols;
+    first = tiles.begin * kernels_->tile_lanes / grid.cols;  // a tile that is moved back has others before it
     last = (std::min(span, (tiles.begin + tiles.size) * kernels_->tile_lanes) - 1) / grid.cols;
   } else if (grid.whole()) {
     const Part end = PartOf(cut.line, cut.line_tiles, tiles.begin + tiles.size - 1);

@@ -196,6 +196,22 @@ def test_times_are_of_one_layer(speed: ModuleType) -> None:
     assert halves.microseconds["fp32"] < timing.microseconds["fp32"]
 
 
+def test_rounds_are_told_apart_by_the_distance_of_processors(speed: ModuleType) -> None:
+    ways = speed.gemm_ways(64, 64, 1, cold=False)
+    sessions = {name: speed.open_way(way, 1) for name, way in ways.items()}
+    trips = iter([100.0] * 7 + [240.0] + [400.0] * 7)
+    timing = speed.time_in_turn(
+        sessions, dict.fromkeys(ways, 1), speed._feed, threads=1, rounds=14, round_trip=lambda: next(trips)
+    )
+    assert next(trips, None) is None  # before the first round and after each
+    assert (timing.near.rounds, timing.near.nanoseconds) == (6, (100.0, 100.0))
+    assert (timing.far.rounds, timing.far.nanoseconds) == (6, (400.0, 400.0))
+    assert set(timing.far.ratios) == set(timing.ratios)
+    unasked = speed.time_in_turn(sessions, dict.fromkeys(ways, 1), speed._feed, threads=1, rounds=2)
+    assert unasked.near is None
+    assert unasked.far is None
+
+
 def test_the_table_of_speeds(speed: ModuleType, tmp_path: Path) -> None:
     assert len({case.name for case in speed.CASES}) == len(speed.CASES)
     times = {"vqonnx": 10.0, "fp32": 100.0, "int4": 21.0}
