@@ -76,8 +76,8 @@ class Lookup {
     return {0, beyond < tap_blocks_ ? beyond : 0};
   }
 
-  // Whether codes are read where they are stored: outputs apart, all inputs of 64 of them together. A copy has the inputs
-  // of a chunk together.
+  // Whether codes are read where they are stored: outputs apart, all inputs of 64 of them together. A copy has the
+  // inputs of a chunk together.
   bool in_strips() const { return strip_bytes_ > 0; }
 
   // Brings sums that are complete to the order of outputs.
