@@ -20,8 +20,9 @@ from vqonnx.verify import compare
 _AIM = 0.996  # of the size that is asked for; what layers take differs a little from what they were given
 _ENOUGH = (*[0.985] * 4, *[0.98] * 5)  # of it: after each attempt, the file may be so much smaller
 _NEAR = 0.002  # of it: files on both sides for so nearly equal bytes are a step apart that nothing fills
+_LEAP = 8.0  # times a correction, after one that changed nothing
 _SEARCH = 6
-_STEEPEST = 8.0  # bytes of the file for a byte of codes: of one bit, stored as bytes
+_FLATTEST, _STEEPEST = 0.5, 8.0  # bytes of the file for a byte of codes: the most are of one bit, stored as bytes
 _UNIT = {"": 1, "B": 1, "KB": 1000, "KIB": 1024, "MB": 1000**2, "MIB": 1024**2, "GB": 1000**3, "GIB": 1024**3}
 
 _log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def _within(attempt: Callable[[float | None], Result], wanted: int, sharing: Sha
     """Bytes for the layers are corrected by what the file had too many or too few.
 
     They are halved between the most that kept to the size and the fewest that did not where a correction leads out of
-    these, or changes nothing.
+    these. One that changes nothing is followed by a larger one.
     """
     low, high = sharing.least, sharing.most
     budget = min(max(_AIM * wanted - beside, low), high)
@@ -126,10 +127,13 @@ def _within(attempt: Callable[[float | None], Result], wanted: int, sharing: Sha
             best = result
         if best is not None and _bytes(best) >= enough * wanted:
             break
-        budget = min(max(budget + (_AIM * wanted - size) / _slope(sizes), sharing.least), sharing.most)
-        if stuck or budget in sizes or not low <= budget <= high:
-            budget = (low + high) / 2
-        if budget in sizes or high - low < (1 if best is None else _NEAR * wanted):
+        middle = (low + high) / 2
+        change = (_AIM * wanted - size) / _slope(sizes) * (_LEAP if stuck else 1.0)
+        is_far = stuck and abs(change) >= abs(middle - budget)
+        budget = min(max(budget + change, sharing.least), sharing.most)
+        if is_far or budget in sizes or not low <= budget <= high:
+            budget = middle
+        if budget in sizes or high - low < (1 if best is None else _NEAR * wanted / _steepness(sizes, low, high)):
             break
     if best is None and sharing.least not in sizes:  # before it is said that it cannot be done
         result = attempt(sharing.least)
@@ -142,12 +146,19 @@ def _within(attempt: Callable[[float | None], Result], wanted: int, sharing: Sha
     return best
 
 
+def _steepness(sizes: Mapping[float, int], low: float, high: float) -> float:
+    """Bytes of the file for each byte of the layers between two attempts, 1 or more."""
+    if low not in sizes or high not in sizes:
+        return 1.0
+    return float(min(max((sizes[high] - sizes[low]) / (high - low), 1.0), _STEEPEST))
+
+
 def _slope(sizes: Mapping[float, int]) -> float:
     """Bytes of the file for each byte of the layers, by the last two attempts; a file with plain codes has several."""
     if len(sizes) < 2:
         return 1.0
     (before, small), (now, large) = list(sizes.items())[-2:]
-    return float(min(max((large - small) / (now - before), 1.0), _STEEPEST))
+    return float(min(max((large - small) / (now - before), _FLATTEST), _STEEPEST))
 
 
 def _bytes(result: Result) -> int:
