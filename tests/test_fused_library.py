@@ -38,7 +38,10 @@ def check(layer: Layer, shape: tuple[int, ...], bound: float = EXACT, threads: i
     got = run(layer, x, threads, **extra)
     what = f"{layer.op} {layer.sizes} {layer.attributes} of {shape}"
     assert got.shape == want.shape, what
-    assert np.linalg.norm(got - want) <= bound * np.linalg.norm(want), what
+    # Where large products cancel out, float32 cannot do better than a unit in the last place of the largest.
+    largest = np.abs(x).max() * np.abs(np.asarray(layer.form.codebooks, F32)).max()
+    rounding = float(np.spacing(F32(largest))) * np.sqrt(want.size)
+    assert np.linalg.norm(got - want) <= bound * np.linalg.norm(want) + rounding, what
 
 
 def bias(size: int) -> NDArray[np.float32]:
