@@ -6,6 +6,7 @@
 #include <atomic>
 #include <initializer_list>
 #include <numeric>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -46,6 +47,17 @@ class Threads : public Tasks {
     for (std::thread& thread : threads) thread.join();
   }
 };
+
+// run(call, tasks) has written `size` values, which must have the same bits from threads.
+template <class Run>
+void CheckThreads(const Kernels& kernels, const Sample& sample, const std::string& what, Call call, size_t size,
+                  const Run& run) {
+  const float* want = call.out;
+  std::vector<float> again(size);
+  call.out = again.data();
+  run(call, Threads());
+  if (!std::equal(again.begin(), again.end(), want, Same)) Fail(kernels, sample, what + " depends on threads");
+}
 
 struct Node {
   Sample sample;

@@ -92,15 +92,10 @@ void CheckMatrix(const Kernels& kernels, unsigned seed) {
     if (seed % 3 == 0) call.activation.low = 0.0F;
     call.activation.silu = seed % 5 == 1;
     call.out = out.data();
-    matrix.Run(call, rows, Shuffled(seed));
-    if (seed % 3 == 0) {
-      std::vector<float> again(rows * outputs);
-      call.out = again.data();
-      matrix.Run(call, rows, Threads());
-      if (!std::equal(again.begin(), again.end(), out.data(), Same)) {
-        return Fail(kernels, node.sample, "Matrix" + std::string(HowOf(precision)) + " depends on threads");
-      }
-    }
+    const auto run = [&](const Call& its, const Tasks& tasks) { matrix.Run(its, rows, tasks); };
+    const std::string what = "Matrix" + std::string(HowOf(precision));
+    run(call, Shuffled(seed));
+    if (seed % 3 == 0) CheckThreads(kernels, node.sample, what, call, rows * outputs, run);
     std::vector<double> want(rows * outputs), bound(rows * outputs);
     for (size_t i = 0; i < want.size(); ++i) {
       want[i] = Activated(call.addend != nullptr ? sums[i] + addend[i] : sums[i], call.activation);
@@ -109,7 +104,7 @@ void CheckMatrix(const Kernels& kernels, unsigned seed) {
         bound[i] += kSiluRise * TableError(node.sample, x, node.sample.groups, i % outputs);
       }
     }
-    Compare(kernels, node, ("Matrix" + std::string(HowOf(precision))).c_str(), out, want, bound);
+    Compare(kernels, node, what.c_str(), out, want, bound);
   }
 }
 
@@ -196,15 +191,10 @@ void CheckConv(const Kernels& kernels, unsigned seed) {
     if (seed % 3 == 0) call.activation.high = 0.5F;
     call.activation.silu = seed % 5 == 1;
     call.out = out.data();
-    conv.Run(call, shape, Shuffled(seed));
-    if (seed % 3 == 0) {
-      std::vector<float> again(addend.size());
-      call.out = again.data();
-      conv.Run(call, shape, Threads());
-      if (!std::equal(again.begin(), again.end(), out.data(), Same)) {
-        return Fail(kernels, node.sample, "Conv" + std::string(HowOf(precision)) + " depends on threads");
-      }
-    }
+    const auto run = [&](const Call& its, const Tasks& tasks) { conv.Run(its, shape, tasks); };
+    const std::string what = "Conv" + std::string(HowOf(precision));
+    run(call, Shuffled(seed));
+    if (seed % 3 == 0) CheckThreads(kernels, node.sample, what, call, addend.size(), run);
     std::vector<double> want(addend.size()), bound(addend.size());
     for (size_t i = 0; i < want.size(); ++i) {
       want[i] = Activated(call.addend != nullptr ? sums[i] + addend[i] : sums[i], call.activation);
@@ -213,7 +203,7 @@ void CheckConv(const Kernels& kernels, unsigned seed) {
         bound[i] += kSiluRise * TableError(node.sample, x, node.sample.groups, i / out_plane % outputs);
       }
     }
-    Compare(kernels, node, ("Conv" + std::string(HowOf(precision))).c_str(), out, want, bound);
+    Compare(kernels, node, what.c_str(), out, want, bound);
   }
 }
 

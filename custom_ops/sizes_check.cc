@@ -49,10 +49,10 @@ void CheckMatrix(const Kernels& kernels, const MatrixSizes& sizes) {
     std::vector<float> out(rows * outputs);
     Call call = {.x = values.data(), .codes = node.sample.View().codes, .bias = bias.data(), .addend = nullptr};
     call.out = out.data();
-    Matrix(node.View(), node.perm, true, precision, kernels).Run(call, rows, Shuffled(3));
-    const std::vector<float> before = out;
-    Matrix(node.View(), node.perm, true, precision, kernels).Run(call, rows, Threads());
-    if (!SameBits(before, out)) Fail(kernels, node.sample, "a matrix depends on threads");
+    const Matrix matrix(node.View(), node.perm, true, precision, kernels);
+    const auto by = [&](const Call& its, const Tasks& tasks) { matrix.Run(its, rows, tasks); };
+    by(call, Shuffled(3));
+    CheckThreads(kernels, node.sample, "a matrix", call, out.size(), by);
     return out;
   };
   std::vector<float> want(rows * outputs);
@@ -94,10 +94,9 @@ void CheckConv(const Kernels& kernels, size_t images, const ConvSizes& sizes) {
     call.out = out.data();
     const Conv conv(node.View(), node.perm, Dims{1, 1}, Dims{as_dim(dilation), 1}, Dims{as_dim(pad), 0, as_dim(pad), 0},
                     1, precision, kernels);
-    conv.Run(call, shape, Shuffled(4));
-    const std::vector<float> before = out;
-    conv.Run(call, shape, Threads());
-    if (!SameBits(before, out)) Fail(kernels, node.sample, "a convolution depends on threads");
+    const auto by = [&](const Call& its, const Tasks& tasks) { conv.Run(its, shape, tasks); };
+    by(call, Shuffled(4));
+    CheckThreads(kernels, node.sample, "a convolution", call, out.size(), by);
     return out;
   };
   std::vector<float> unfolded(images * places * depth, 0.0F), products(images * places * outputs), want;
