@@ -39,7 +39,7 @@ def check(layer: Layer, shape: tuple[int, ...], bound: float = EXACT, threads: i
     what = f"{layer.op} {layer.sizes} {layer.attributes} of {shape}"
     assert got.shape == want.shape, what
     # Where large products cancel out, float32 cannot do better than a unit in the last place of the largest.
-    largest = np.abs(x).max() * np.abs(np.asarray(layer.form.codebooks, F32)).max()
+    largest = np.abs(x).max(initial=0) * np.abs(np.asarray(layer.form.codebooks, F32)).max()
     rounding = float(np.spacing(F32(largest))) * np.sqrt(want.size)
     assert np.linalg.norm(got - want) <= bound * np.linalg.norm(want) + rounding, what
 
