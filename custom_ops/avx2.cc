@@ -28,6 +28,7 @@ struct Wide {
   static __m256 Max(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
   static __m256 Min(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
   static __m256 Div(__m256 a, __m256 b) { return _mm256_div_ps(a, b); }
+  static __m256 Sqrt(__m256 a) { return _mm256_sqrt_ps(a); }
   static __m256 ToExponent(__m256 a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23)); }
   static __m256i First(std::size_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -52,6 +53,21 @@ struct Wide {
   }
 };
 using Middle = Wide;
+
+struct Shorts {
+  static constexpr std::size_t kLanes = 16;
+  static __m256i Load(const std::int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static __m256i Add(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
+  template <std::size_t kPart>
+  static __m256 Floats(__m256i a) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(a, kPart)));
+  }
+  static void StoreNearest(std::int16_t* p, __m256 a) {
+    const __m256i nearest = _mm256_cvtps_epi32(a);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packs_epi32(_mm256_castsi256_si128(nearest), _mm256_extracti128_si256(nearest, 1)));
+  }
+};
 
 // Each code ends up in the lowest byte of a 64-bit lane; shifting the lanes over each other leaves one shuffle to do.
 inline void UnpackOctet(std::uint64_t window, std::size_t bits, std::uint8_t* out) {
@@ -144,6 +160,7 @@ const Kernels kAvx2 = {.name = "avx2",
                        .dot_has_tables = HasTables<ProductTable>,
                        .row_lanes = Wide::kLanes,
                        .few_row_lanes = Middle::kLanes,
+                       .short_lanes = Shorts::kLanes,
                        .code_lines = CodeLines,
                        .build_entries = BuildEntry,
                        .sum_entries = SumEntry,
@@ -159,6 +176,7 @@ const Kernels kAvx2 = {.name = "avx2",
                        .finish_across = FinishAcross,
                        .add_up = AddUp,
                        .add_to = AddTo,
+                       .largest = Largest,
                        .measure = nullptr,
                        .quantise = nullptr,
                        .build_tables = nullptr,

@@ -39,6 +39,7 @@ struct Wide {
   static __m512 Max(__m512 a, __m512 b) { return _mm512_maskz_max_ps(0xFFFF, a, b); }
   static __m512 Min(__m512 a, __m512 b) { return _mm512_maskz_min_ps(0xFFFF, a, b); }
   static __m512 Div(__m512 a, __m512 b) { return _mm512_div_ps(a, b); }
+  static __m512 Sqrt(__m512 a) { return _mm512_maskz_sqrt_ps(0xFFFF, a); }
   static __m512 ToExponent(__m512 a) {
     return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xFFFF, _mm512_castps_si512(a), 23));
   }
@@ -53,6 +54,21 @@ struct Wide {
     const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     *even = _mm512_permutex2var_ps(a, evens, b);
     *odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(evens, _mm512_set1_epi32(1)), b);
+  }
+};
+
+struct Shorts {
+  static constexpr std::size_t kLanes = 16;
+  static __m256i Load(const std::int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static __m256i Add(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
+  template <std::size_t kPart>
+  static __m512 Floats(__m256i a) {
+    static_assert(kPart == 0);
+    return _mm512_maskz_cvtepi32_ps(0xFFFF, _mm512_maskz_cvtepi16_epi32(0xFFFF, a));
+  }
+  static void StoreNearest(std::int16_t* p, __m512 a) {
+    const __m512i nearest = _mm512_maskz_cvtps_epi32(0xFFFF, a);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtsepi32_epi16(0xFFFF, nearest));
   }
 };
 

@@ -22,9 +22,10 @@ Conv::Conv(const Inputs& inputs, std::span<const std::int64_t> perm, std::span<c
                   std::is_sorted(weight_.column_axes().begin() + (weight_.column_axes()[0] == 1 ? 1 : 0),
                                  weight_.column_axes().end() - (weight_.column_axes().back() == 1 ? 1 : 0));
   if (groups_ > 1 || !HasTapsOutside()) return;
-  PlanEntries(precision);
-  if (precision == Precision::kExact || precision == Precision::kEntries) return;
-  PlanLookup(static_cast<const std::uint8_t*>(inputs.codes.data), precision);
+  const auto* codes = static_cast<const std::uint8_t*>(inputs.codes.data);
+  PlanEntries(codes, precision);
+  if (precision == Precision::kExact || precision == Precision::kEntries || precision == Precision::kShorts) return;
+  PlanLookup(codes, precision);
 }
 
 // Whether input channels run fastest, so that all taps can share what is made of some of them, and taps are in order.

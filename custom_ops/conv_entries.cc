@@ -29,9 +29,8 @@ constexpr size_t kFinishOutputs = 16;
 // to the lanes of vectors: lane l has inputs [l * length, (l + 1) * length), and so have the outputs, where lanes reach
 // into each other until they are added up.
 struct Conv::Line {
-  Line(const Window& window, const Grid& grid, size_t image_rows, size_t image_cols, const Entries& entries,
-       double input_products, const Kernels& kernels)
-      : window(window), out_cols(grid.out_cols), out_rows(grid.out_rows) {
+  Line(const Window& window, const Grid& grid, size_t image_rows, size_t image_cols, const Entries& entries, Entry kind)
+      : window(window), entry(kind), out_cols(grid.out_cols), out_rows(grid.out_rows) {
     rows = image_rows;
     cols = image_cols;
     pitch = cols + std::max(window.begin[1], window.end[1]);
@@ -39,7 +38,7 @@ struct Conv::Line {
     before = static_cast<std::ptrdiff_t>((window.Reach(0) - 1) * pitch + window.Reach(1) - 1) -
              static_cast<std::ptrdiff_t>(window.begin[0] * pitch + window.begin[1]);
     range = (window.Reach(0) - 1) * pitch + window.Reach(1) - 1;
-    lanes = kernels.row_lanes;
+    lanes = entries.lanes(entry);
     pieces = Ceil(entries.strips(), kPieceStrips);
     piece_strips = Ceil(entries.strips(), pieces);
     const size_t near = kNearFloats / (piece_strips * kStripRows * lanes);
@@ -56,7 +55,7 @@ struct Conv::Line {
       const auto vectors = static_cast<double>(count * lanes), inputs = static_cast<double>(its_length);
       const auto slices = static_cast<double>(its_parts * (its_length + range));
       const auto outputs = static_cast<double>(entries.strips() * kStripRows);
-      const double its_products = vectors * (inputs * input_products + kMerge * slices * outputs);
+      const double its_products = vectors * (inputs * entries.cost(entry) + kMerge * slices * outputs);
       if (its_products >= products) continue;
       products = its_products;
       bands = count;
@@ -87,6 +86,7 @@ struct Conv::Line {
   }
 
   const Window& window;
+  Entry entry;
   size_t out_cols, out_rows;
   size_t rows, cols, pitch, positions;
   std::ptrdiff_t before;  // how far the first output that an input reaches lies before it
@@ -112,14 +112,14 @@ void Conv::SumLine(const Call& call, const float* image, size_t plane, const Lin
   const size_t x_floats = channels * length * lanes, sums_floats = slices * line.slice_floats;
   Scratch scratch(Use::kTask, Scratch::Room<float>(x_floats) + Scratch::Room<float>(lanes * length) +
                                   Scratch::Room<float>(sums_floats) + Scratch::Room<float>(lanes * slices) +
-                                  Scratch::Room<float>(Entries::TableFloats(lanes)) +
+                                  Entries::Tables::Bytes(line.entry, lanes) +
                                   Scratch::Room<std::uint8_t>(taps * Entries::LineBytes(strips)) +
                                   Scratch::Room<Entries::Lines>(taps));
   auto* x = scratch.Take<float>(x_floats);
   auto* laid = scratch.Take<float>(lanes * length);
   auto* sums = scratch.Take<float>(sums_floats);
   auto* turned = scratch.Take<float>(lanes * slices);
-  auto* tables = scratch.Take<float>(Entries::TableFloats(lanes));
+  Entries::Tables tables(entries, line.entry, lanes, scratch);
   auto* room = scratch.Take<std::uint8_t>(taps * Entries::LineBytes(strips));
   auto* lines = scratch.Take<Entries::Lines>(taps);
   const size_t begin = band * length * lanes, end = std::min(begin + length * lanes, line.positions);
@@ -138,11 +138,10 @@ void Conv::SumLine(const Call& call, const float* image, size_t plane, const Lin
       for (size_t j = 0; j < length; ++j) {
         for (size_t i = 0; i < blocks; i += kMostEntryTables) {
           const size_t count = std::min(kMostEntryTables, blocks - i);
-          entries.Build(stage, first + i, count, x + ((done + i) * entries.width() * length + j) * lanes,
-                        length * lanes, lanes, tables);
+          tables.Build(stage, first + i, count, x + ((done + i) * entries.width() * length + j) * lanes,
+                       length * lanes);
           for (size_t tap = 0; tap < taps; ++tap) {
-            entries.Sum(lines[tap], i, count, tables, lanes,
-                        {sums + (j + line.Step(tap)) * line.slice_floats, lanes, strips, true});
+            tables.Sum(lines[tap], i, {sums + (j + line.Step(tap)) * line.slice_floats, lanes, strips, true});
           }
         }
       }
@@ -196,25 +195,48 @@ void Conv::FinishLine(const Call& call, const Line& line, size_t image, size_t f
   }
 }
 
-void Conv::PlanEntries(Precision precision) {
+void Conv::PlanEntries(const std::uint8_t* codes, Precision precision) {
   const size_t taps = window_.kernel[0] * window_.kernel[1];
   const bool strided = window_.stride[0] * window_.stride[1] > 1;
   if (!Entries::Possible(weight_, taps) || (strided && (taps > 1 || window_.is_padded()))) return;
-  entries_.emplace(weight_, taps, *kernels_);
-  if (precision == Precision::kEntries) return;
-  entries_products_ = Entries::Products(weight_, taps, 1.0, static_cast<double>(taps));
+  entries_.emplace(weight_, codes, taps, precision, *kernels_);
+}
+
+Conv::Line Conv::LineOf(Entry entry, std::span<const std::int64_t> shape, const Grid& grid) const {
+  const size_t image_rows = shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1;
+  return {window_, grid, image_rows, static_cast<size_t>(shape.back()), *entries_, entry};
 }
 
 bool Conv::RunEntries(const Call& call, std::span<const std::int64_t> shape, const Grid& grid,
                       const Tasks& tasks) const {
+  const bool one_tap = entries_->taps() == 1 && !window_.is_padded();
+  const auto products = [&](Entry entry) {
+    constexpr double kInfinite = std::numeric_limits<double>::infinity();
+    const double cost = entries_->cost(entry);
+    if (cost == kInfinite) return cost;
+    if (one_tap) return OneTapProducts(entry, grid);
+    const Line line = LineOf(entry, shape, grid);
+    if (line.floats(entries_->taps()) > kMostFloats) return kInfinite;
+    return cost == 0.0 ? 0.0 : line.products;
+  };
+  const double share = one_tap ? 1.0 : Border::Share(grid);
+  const double exact = share * static_cast<double>(grid.out_rows * grid.out_cols * weight_.outputs() * weight_.depth());
+  const double floats = products(Entry::kFloat);
+  size_t inputs = 1;
+  for (const std::int64_t size : shape) inputs *= static_cast<size_t>(size);
+  Entry entry = Entry::kFloat;
+  if (products(Entry::kShort) < std::min(exact, floats) && entries_->ShortsSuit(call.x, inputs)) {
+    entry = Entry::kShort;
+  } else if (floats >= exact) {
+    return false;
+  }
+  one_tap ? RunOneTap(call, entry, shape, grid, tasks) : RunLine(call, shape, LineOf(entry, shape, grid), tasks);
+  return true;
+}
+
+void Conv::RunLine(const Call& call, std::span<const std::int64_t> shape, const Line& line, const Tasks& tasks) const {
   const size_t images = static_cast<size_t>(shape[0]);
-  const size_t image_rows = shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1;
-  const size_t image_cols = static_cast<size_t>(shape.back()), plane = image_rows * image_cols;
-  if (entries_->taps() == 1 && !window_.is_padded()) return RunOneTap(call, shape, grid, tasks);
-  const Line line(window_, grid, image_rows, image_cols, *entries_, entries_products_, *kernels_);
-  if (line.floats(entries_->taps()) > kMostFloats) return false;
-  const auto exact = static_cast<double>(grid.out_rows * grid.out_cols * weight_.outputs() * weight_.depth());
-  if (entries_products_ > 0.0 && line.products >= exact * Border::Share(grid)) return false;
+  const size_t plane = static_cast<size_t>(shape.size() == 4 ? shape[2] * shape[3] : shape[2]);
   const size_t piece_floats = line.piece_strips * kStripRows * line.band_floats();
   const size_t image_tasks = line.bands * line.parts * line.pieces, image_floats = image_tasks * piece_floats;
   const size_t together = std::clamp<size_t>(kImagesFloats / image_floats, 1, std::max<size_t>(images, 1));
@@ -234,7 +256,6 @@ bool Conv::RunEntries(const Call& call, std::span<const std::int64_t> shape, con
                  sums + image * image_floats);
     });
   }
-  return true;
 }
 
 }  // namespace vqonnx

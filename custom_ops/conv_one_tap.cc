@@ -16,34 +16,34 @@ constexpr size_t kTasks = 4;            // of an image, at least
 
 }  // namespace
 
-// False: it does not pay, and the output is still to be computed.
-bool Conv::RunOneTap(const Call& call, std::span<const std::int64_t> shape, const Grid& grid,
+double Conv::OneTapProducts(Entry entry, const Grid& grid) const {
+  const size_t lanes = entries_->lanes(entry);
+  return static_cast<double>(Ceil(grid.out_rows * grid.out_cols, lanes) * lanes) * entries_->cost(entry);
+}
+
+void Conv::RunOneTap(const Call& call, Entry entry, std::span<const std::int64_t> shape, const Grid& grid,
                      const Tasks& tasks) const {
   const Entries& entries = *entries_;
   const size_t images = static_cast<size_t>(shape[0]),
                plane = static_cast<size_t>(shape.size() == 4 ? shape[2] * shape[3] : shape[2]);
   const size_t image_cols = static_cast<size_t>(shape.back()), positions = grid.out_rows * grid.out_cols;
-  const size_t lanes = kernels_->row_lanes;
+  const size_t lanes = entries_->lanes(entry);
   const size_t pieces = Ceil(entries.strips(), kPieceStrips), piece_strips = Ceil(entries.strips(), pieces);
   const size_t slice_floats = piece_strips * kStripRows * lanes;
   const size_t vectors = Ceil(positions, lanes),
                near = std::clamp<size_t>(2 * kNearFloats / (channels_ * lanes), 1, kNearFloats / slice_floats);
   const size_t bands = std::max(Ceil(vectors, near), std::min(vectors, Ceil(kTasks, pieces)));
-  const auto products = static_cast<double>(vectors * lanes) * entries_products_;
-  const auto exact = static_cast<double>(positions * weight_.outputs() * weight_.depth());
-  if (entries_products_ > 0.0 && products >= exact) return false;
   tasks.Each(images * bands * pieces, [&](size_t task) {
     const size_t piece = task % pieces, image = task / pieces / bands;
     const Part its = PartOf(vectors, bands, task / pieces % bands);
     const size_t strip = piece * piece_strips, strips = std::min(piece_strips, entries.strips() - strip);
     const size_t begin = its.begin * lanes, length = its.size * lanes, end = std::min(begin + length, positions);
-    Scratch scratch(Use::kTask, Scratch::Room<float>(channels_ * length) +
-                                    Scratch::Room<float>(its.size * slice_floats) +
-                                    Scratch::Room<float>(Entries::TableFloats(lanes)) +
-                                    Scratch::Room<std::uint8_t>(Entries::LineBytes(strips)));
+    Scratch scratch(Use::kTask,
+                    Scratch::Room<float>(channels_ * length) + Scratch::Room<float>(its.size * slice_floats) +
+                        Entries::Tables::Bytes(entry, lanes) + Scratch::Room<std::uint8_t>(Entries::LineBytes(strips)));
     auto* x = scratch.Take<float>(channels_ * length);
     auto* sums = scratch.Take<float>(its.size * slice_floats);
-    auto* tables = scratch.Take<float>(Entries::TableFloats(lanes));
+    Entries::Tables tables(entries, entry, lanes, scratch);
     auto* room = scratch.Take<std::uint8_t>(Entries::LineBytes(strips));
     for (size_t c = 0; c < channels_; ++c) {
       const float* from = call.x + (image * channels_ + c) * plane;
@@ -65,10 +65,8 @@ bool Conv::RunOneTap(const Call& call, std::span<const std::int64_t> shape, cons
         for (size_t j = 0; j < its.size; ++j) {
           for (size_t i = 0; i < blocks; i += kMostEntryTables) {
             const size_t count = std::min(kMostEntryTables, blocks - i);
-            entries.Build(stage, first + i, count, x + (first + i) * entries.width() * length + j * lanes, length,
-                          lanes, tables);
-            entries.Sum(lines, i, count, tables, lanes,
-                        {sums + j * slice_floats, lanes, strips, first + stage + i > 0});
+            tables.Build(stage, first + i, count, x + (first + i) * entries.width() * length + j * lanes, length);
+            tables.Sum(lines, i, {sums + j * slice_floats, lanes, strips, first + stage + i > 0});
           }
         }
       }
@@ -88,7 +86,6 @@ bool Conv::RunOneTap(const Call& call, std::span<const std::int64_t> shape, cons
                              .activation = call.activation});
     }
   });
-  return true;
 }
 
 }  // namespace vqonnx

@@ -1,6 +1,6 @@
-// Products of many rows of x with a matrix of codes, in float32: for each block of x a table that has for each word an
-// entry, its products with as many rows as a vector has lanes. An output takes the entry that its code names: one load
-// and one addition in the place of `width` multiplications. Over the vocabulary of kernels-inl.h.
+// Products of many rows of x with a matrix of codes: for each block of x a table that has for each word an entry, its
+// products with some rows, in float32 or in 16 bits. An output takes the entry that its code names: one load and one
+// addition in the place of `width` multiplications. Over the vocabulary of kernels-inl.h.
 //
 // No include guard and no standard library on purpose: see docs/kernels.md.
 
@@ -34,17 +34,43 @@ void CodeLines(const Coded& m, std::size_t stage, std::size_t row, std::size_t g
   }
 }
 
+// Entries in float32: products as they are, one vector a word.
+template <class F>
+struct FloatTable {
+  using Vector = decltype(F::Set(0.0F));
+  Vector Take(Vector x) const { return x; }
+  void Put(std::size_t word, Vector product) const { F::Store(entries + word * F::kLanes, product); }
+  float* entries;
+};
+
+// Entries in 16 bits: x is divided by the units first. Of the vectors of floats that a word has, one.
+struct ShortTable {
+  using Vector = decltype(Wide::Set(0.0F));
+  Vector Take(Vector x) const { return Wide::Mul(x, one_over_units); }
+  void Put(std::size_t word, Vector product) const { Shorts::StoreNearest(entries + word * Shorts::kLanes, product); }
+  std::int16_t* entries;
+  Vector one_over_units;
+};
+
+// A block of x, [cols] lines of which vectors are read, and the words of its book.
+struct BookAndBlock {
+  const float* x;
+  std::size_t x_stride;
+  const float* book;
+  std::size_t words, width, cols;
+};
+
 // The entries of some words at once, so that their sums need not wait for each other. kCols: of a block, or 0 for any
 // number.
-template <class F, std::size_t kCols, std::size_t kAtOnce>
-VQONNX_INLINE void BuildWords(const BuildEntries& b, std::size_t word, const decltype(F::Set(0.0F)) (&x)[kCols + 1]) {
-  using V = decltype(F::Set(0.0F));
+template <class F, std::size_t kCols, std::size_t kAtOnce, class Table>
+VQONNX_INLINE void BuildWords(const BookAndBlock& b, std::size_t word, const Table& table,
+                              const typename Table::Vector (&x)[kCols + 1]) {
+  typename Table::Vector sums[kAtOnce];
   const float* values = b.book + word * b.width;
-  V sums[kAtOnce];
-  const auto first = kCols > 0 ? x[0] : F::Load(b.x);
+  const auto first = kCols > 0 ? x[0] : table.Take(F::Load(b.x));
   VQONNX_UNROLL
   for (std::size_t w = 0; w < kAtOnce; ++w) sums[w] = F::Mul(first, F::Set(values[w * b.width]));
-  const auto add = [&](std::size_t k, V value) {
+  const auto add = [&](std::size_t k, typename Table::Vector value) {
     VQONNX_UNROLL
     for (std::size_t w = 0; w < kAtOnce; ++w) sums[w] = F::MulAdd(value, F::Set(values[w * b.width + k]), sums[w]);
   };
@@ -52,63 +78,137 @@ VQONNX_INLINE void BuildWords(const BuildEntries& b, std::size_t word, const dec
     VQONNX_UNROLL
     for (std::size_t k = 1; k < kCols; ++k) add(k, x[k]);
   } else {
-    for (std::size_t k = 1; k < b.cols; ++k) add(k, F::Load(b.x + k * b.x_stride));
+    for (std::size_t k = 1; k < b.cols; ++k) add(k, table.Take(F::Load(b.x + k * b.x_stride)));
   }
   VQONNX_UNROLL
-  for (std::size_t w = 0; w < kAtOnce; ++w) F::Store(b.entries + (word + w) * F::kLanes, sums[w]);
+  for (std::size_t w = 0; w < kAtOnce; ++w) table.Put(word + w, sums[w]);
 }
 
-template <class F, std::size_t kCols>
-void BuildEntriesOf(const BuildEntries& b) {
-  decltype(F::Set(0.0F)) x[kCols + 1];
+template <class F, std::size_t kCols, class Table>
+void BuildTableOf(const BookAndBlock& b, const Table& table) {
+  typename Table::Vector x[kCols + 1];
   VQONNX_UNROLL
-  for (std::size_t k = 0; k < kCols; ++k) x[k] = F::Load(b.x + k * b.x_stride);
+  for (std::size_t k = 0; k < kCols; ++k) x[k] = table.Take(F::Load(b.x + k * b.x_stride));
   constexpr std::size_t kAtOnce = 2;
   std::size_t word = 0;
-  for (; word + kAtOnce <= b.words; word += kAtOnce) BuildWords<F, kCols, kAtOnce>(b, word, x);
-  for (; word < b.words; ++word) BuildWords<F, kCols, 1>(b, word, x);
+  for (; word + kAtOnce <= b.words; word += kAtOnce) BuildWords<F, kCols, kAtOnce>(b, word, table, x);
+  for (; word < b.words; ++word) BuildWords<F, kCols, 1>(b, word, table, x);
+}
+
+template <class F, class Table>
+void BuildOneTable(const BookAndBlock& b, const Table& table) {
+  switch (b.cols) {
+    case 1:
+      return BuildTableOf<F, 1>(b, table);
+    case 2:
+      return BuildTableOf<F, 2>(b, table);
+    case 4:
+      return BuildTableOf<F, 4>(b, table);
+    case 8:
+      return BuildTableOf<F, 8>(b, table);
+    default:
+      return BuildTableOf<F, 0>(b, table);
+  }
+}
+
+VQONNX_INLINE BookAndBlock BlockOf(const BuildEntries& b, std::size_t table) {
+  return {b.x + table * b.width * b.x_stride,     b.x_stride, b.books[table], b.words, b.width,
+          table + 1 < b.tables ? b.width : b.cols};
 }
 
 template <class F>
-void BuildEntriesFor(const BuildEntries& b) {
-  switch (b.cols) {
-    case 1:
-      return BuildEntriesOf<F, 1>(b);
-    case 2:
-      return BuildEntriesOf<F, 2>(b);
-    case 4:
-      return BuildEntriesOf<F, 4>(b);
-    case 8:
-      return BuildEntriesOf<F, 8>(b);
-    default:
-      return BuildEntriesOf<F, 0>(b);
+void BuildFloats(const BuildEntries& b) {
+  for (std::size_t t = 0; t < b.tables; ++t) {
+    BuildOneTable<F>(BlockOf(b, t), FloatTable<F>{b.entries + t * kTableWords * F::kLanes});
+  }
+}
+
+void BuildShorts(const BuildEntries& b) {
+  for (std::size_t part = 0; part < Shorts::kLanes; part += Wide::kLanes) {
+    auto units = Wide::Set(0.0F);
+    for (std::size_t t = 0; t < b.tables; ++t) {
+      const BookAndBlock block = BlockOf(b, t);
+      auto square = Wide::Set(0.0F);
+      for (std::size_t k = 0; k < block.cols; ++k) {
+        const auto value = Wide::Load(block.x + k * block.x_stride + part);
+        square = Wide::MulAdd(value, value, square);
+      }
+      const auto length = Wide::Max(Wide::Sqrt(square), Wide::Set(kShortInput));
+      units = Wide::MulAdd(length, Wide::Set(b.longest[t] / kShortSum), units);
+    }
+    Wide::Store(b.units + part, units);
+    const auto one_over_units = Wide::Div(Wide::Set(1.0F), units);
+    for (std::size_t t = 0; t < b.tables; ++t) {
+      BookAndBlock block = BlockOf(b, t);
+      block.x += part;
+      BuildOneTable<Wide>(block, ShortTable{b.shorts + t * kTableWords * Shorts::kLanes + part, one_over_units});
+    }
   }
 }
 
 void BuildEntry(const BuildEntries& b) {
-  b.lanes == Wide::kLanes ? BuildEntriesFor<Wide>(b) : BuildEntriesFor<Middle>(b);
+  if (b.entries == nullptr) return BuildShorts(b);
+  b.lanes == Wide::kLanes ? BuildFloats<Wide>(b) : BuildFloats<Middle>(b);
 }
 
-// Byte `i` of eight, times kFactor floats, in bytes: both shifts are one.
-template <std::size_t kFactor>
+// Byte `i` of eight, times kBytes, a power of two: both shifts are one.
+template <std::size_t kBytes>
 VQONNX_INLINE std::size_t ByteTimes(std::uint64_t eight, std::size_t i) {
-  constexpr std::size_t kBytes = kFactor * sizeof(float);
-  constexpr std::size_t kShift = kBytes == 4 ? 2 : kBytes == 16 ? 4 : kBytes == 32 ? 5 : 6;
+  constexpr std::size_t kShift = kBytes == 2 ? 1 : kBytes == 4 ? 2 : kBytes == 16 ? 4 : kBytes == 32 ? 5 : 6;
   static_assert(kBytes == std::size_t{1} << kShift);
   const std::uint64_t shifted = 8 * i < kShift ? eight << (kShift - 8 * i) : eight >> (8 * i - kShift);
   return static_cast<std::size_t>(shifted & 255 * kBytes);
 }
 
+// What SumTables does with entries of either kind. `At`: an entry, by its place in bytes.
 template <class F>
-VQONNX_INLINE auto LoadAt(const float* from, std::size_t bytes) {
-  return F::Load(reinterpret_cast<const float*>(reinterpret_cast<const std::uint8_t*>(from) + bytes));
-}
+struct FloatEntries {
+  using Value = float;
+  static constexpr std::size_t kLanes = F::kLanes;
+  explicit FloatEntries(const SumEntries& s) : entries(s.entries) {}
+  static auto At(const float* entry) { return F::Load(entry); }
+  static auto Add(decltype(F::Set(0.0F)) a, decltype(F::Set(0.0F)) b) { return F::Add(a, b); }
+  template <bool kAdd>
+  void Put(decltype(F::Set(0.0F)) sum, float* to) const {
+    F::Store(to, kAdd ? F::Add(F::Load(to), sum) : sum);
+  }
+  const float* entries;
+};
 
-template <class F, std::size_t kTables, bool kAdd>
+struct ShortEntries {
+  using Value = std::int16_t;
+  static constexpr std::size_t kLanes = Shorts::kLanes, kVectors = kLanes / Wide::kLanes;
+  explicit ShortEntries(const SumEntries& s) : entries(s.shorts) {
+    for (std::size_t i = 0; i < kVectors; ++i) units[i] = Wide::Load(s.units + i * Wide::kLanes);
+  }
+  static auto At(const std::int16_t* entry) { return Shorts::Load(entry); }
+  static auto Add(decltype(Shorts::Load(nullptr)) a, decltype(Shorts::Load(nullptr)) b) { return Shorts::Add(a, b); }
+  template <bool kAdd>
+  void Put(decltype(Shorts::Load(nullptr)) sum, float* to) const {
+    PutPart<kAdd, 0>(sum, to);
+    if constexpr (kVectors > 1) PutPart<kAdd, 1>(sum, to);
+  }
+  template <bool kAdd, std::size_t kPart>
+  void PutPart(decltype(Shorts::Load(nullptr)) sum, float* to) const {
+    const auto floats = Shorts::Floats<kPart>(sum);
+    to += kPart * Wide::kLanes;
+    Wide::Store(to, kAdd ? Wide::MulAdd(floats, units[kPart], Wide::Load(to)) : Wide::Mul(floats, units[kPart]));
+  }
+  const std::int16_t* entries;
+  decltype(Wide::Set(0.0F)) units[kVectors];
+};
+
+template <class E, std::size_t kTables, bool kAdd>
 void SumEntriesOf(const SumEntries& s) {
+  using Value = typename E::Value;
+  constexpr std::size_t kBytes = E::kLanes * sizeof(Value);
   constexpr std::size_t kStripsAhead = 8;  // whose lines are fetched early: they are far apart
   const std::size_t pitch = s.pitch, strip_bytes = s.strip_bytes;
-  const float* entries = s.entries;
+  const E kind(s);
+  const auto at = [&](std::size_t table, std::size_t byte) {
+    const auto* first = reinterpret_cast<const std::uint8_t*>(kind.entries + table * kTableWords * E::kLanes);
+    return kind.At(reinterpret_cast<const Value*>(first + byte));
+  };
   const std::uint8_t* codes[kTables];
   VQONNX_UNROLL
   for (std::size_t t = 0; t < kTables; ++t) codes[t] = s.codes[t];
@@ -124,13 +224,10 @@ void SumEntriesOf(const SumEntries& s) {
       for (std::size_t t = 0; t < kTables; ++t) eight[t] = LoadEight(codes[t] + r);
       VQONNX_UNROLL
       for (std::size_t i = 0; i < 8; ++i) {
-        auto sum = LoadAt<F>(entries, ByteTimes<F::kLanes>(eight[0], i));
+        auto sum = at(0, ByteTimes<kBytes>(eight[0], i));
         VQONNX_UNROLL
-        for (std::size_t t = 1; t < kTables; ++t) {
-          sum = F::Add(sum, LoadAt<F>(entries + t * kTableWords * F::kLanes, ByteTimes<F::kLanes>(eight[t], i)));
-        }
-        float* to = sums + i * pitch;
-        F::Store(to, kAdd ? F::Add(F::Load(to), sum) : sum);
+        for (std::size_t t = 1; t < kTables; ++t) sum = kind.Add(sum, at(t, ByteTimes<kBytes>(eight[t], i)));
+        kind.template Put<kAdd>(sum, sums + i * pitch);
       }
     }
     VQONNX_UNROLL
@@ -138,17 +235,43 @@ void SumEntriesOf(const SumEntries& s) {
   }
 }
 
-template <class F, std::size_t kTables>
+template <class E, std::size_t kTables>
 void SumEntriesOfCount(const SumEntries& s) {
   if constexpr (kTables > 1) {
-    if (s.tables < kTables) return SumEntriesOfCount<F, kTables - 1>(s);
+    if (s.tables < kTables) return SumEntriesOfCount<E, kTables - 1>(s);
   }
-  s.add ? SumEntriesOf<F, kTables, true>(s) : SumEntriesOf<F, kTables, false>(s);
+  s.add ? SumEntriesOf<E, kTables, true>(s) : SumEntriesOf<E, kTables, false>(s);
 }
 
 void SumEntry(const SumEntries& s) {
-  s.lanes == Wide::kLanes ? SumEntriesOfCount<Wide, kMostEntryTables>(s)
-                          : SumEntriesOfCount<Middle, kMostEntryTables>(s);
+  if (s.entries == nullptr) return SumEntriesOfCount<ShortEntries, kMostEntryTables>(s);
+  s.lanes == Wide::kLanes ? SumEntriesOfCount<FloatEntries<Wide>, kMostEntryTables>(s)
+                          : SumEntriesOfCount<FloatEntries<Middle>, kMostEntryTables>(s);
+}
+
+// A value that is no finite number, times zero, is none; sums of zeros remember it.
+float Largest(const float* x, std::size_t count) {
+  constexpr std::size_t kAtOnce = 4, kLanes = Wide::kLanes;
+  using V = decltype(Wide::Set(0.0F));
+  V most[kAtOnce], zeros[kAtOnce];
+  VQONNX_UNROLL
+  for (std::size_t i = 0; i < kAtOnce; ++i) most[i] = zeros[i] = Wide::Set(0.0F);
+  const auto take = [&](std::size_t i, V value) {
+    most[i] = Wide::Max(most[i], Wide::Max(value, Wide::Mul(value, Wide::Set(-1.0F))));
+    zeros[i] = Wide::MulAdd(value, Wide::Set(0.0F), zeros[i]);
+  };
+  for (; count >= kAtOnce * kLanes; count -= kAtOnce * kLanes, x += kAtOnce * kLanes) {
+    VQONNX_UNROLL
+    for (std::size_t i = 0; i < kAtOnce; ++i) take(i, Wide::Load(x + i * kLanes));
+  }
+  for (; count >= kLanes; count -= kLanes, x += kLanes) take(0, Wide::Load(x));
+  if (count > 0) take(0, Wide::LoadPart(x, count));
+  float lanes[kAtOnce * kLanes], largest = 0.0F, sum = 0.0F;
+  for (std::size_t i = 0; i < kAtOnce; ++i) Wide::Store(lanes + i * kLanes, most[i]);
+  for (const float value : lanes) largest = value > largest ? value : largest;
+  for (std::size_t i = 0; i < kAtOnce; ++i) Wide::Store(lanes + i * kLanes, zeros[i]);
+  for (const float value : lanes) sum += value;
+  return largest + sum;
 }
 
 }  // namespace

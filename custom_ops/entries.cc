@@ -1,6 +1,8 @@
 #include "entries.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "split.h"
 
@@ -8,12 +10,80 @@ namespace vqonnx {
 
 using std::size_t;
 
-Entries::Entries(const Weight& weight, size_t taps, const Kernels& kernels)
+namespace {
+
+constexpr double kInfinite = std::numeric_limits<double>::infinity();
+
+// Lengths of words and magnitudes of inputs for which no step of the way leaves float32.
+constexpr double kHugeWord = 1e10, kTinyWord = 1e-10;
+constexpr float kHugeInput = 1e18F, kTinyInput = 1e-18F;
+
+}  // namespace
+
+Entries::Entries(const Weight& weight, const std::uint8_t* codes, size_t taps, Precision precision,
+                 const Kernels& kernels)
     : kernels_(&kernels),
       coded_(weight.coded()),
       taps_(taps),
       inputs_(weight.depth() / taps),
-      tap_blocks_(Ceil(inputs_, weight.coded().width)) {}
+      tap_blocks_(Ceil(inputs_, weight.coded().width)),
+      float_cost_(precision == Precision::kEntries ? 0.0 : Products(Entry::kFloat)),
+      short_cost_(kInfinite) {
+  const bool any_error = precision == Precision::kFast || precision == Precision::kShorts;
+  if ((precision != Precision::kAuto && !any_error) || !MeasureWords()) return;
+  if (any_error || ShortError(codes) <= kMostError) short_cost_ = Products(Entry::kShort);
+  if (precision == Precision::kShorts) short_cost_ = 0.0;
+}
+
+// False: words are not such that there can be entries of 16 bits.
+bool Entries::MeasureWords() {
+  const Coded& m = coded_;
+  const size_t books = m.stages * m.books;
+  squares_.assign(books * m.words, 0.0);
+  for (size_t i = 0; i < squares_.size() * m.width; ++i) {
+    squares_[i / m.width] += double{m.codebooks[i]} * double{m.codebooks[i]};
+  }
+  double most = 0.0;
+  for (size_t book = 0; book < books; ++book) {
+    double square = 0.0;
+    for (size_t word = 0; word < m.words; ++word) {
+      const double its = squares_[book * m.words + word];
+      if (!(its < kHugeWord * kHugeWord)) return false;
+      square = std::max(square, its);
+    }
+    most = std::max(most, square);
+    longest_.push_back(static_cast<float>(std::max(std::sqrt(square) * 1.0001, kTinyWord)));
+  }
+  return most > kTinyWord * kTinyWord;
+}
+
+// The relative error of a layer that is to be expected of inputs that are alike: an entry is off by 0.29 of its unit,
+// which is that of several blocks of x together. It is compared with the entries of words as some of the rows use them.
+double Entries::ShortError(const std::uint8_t* codes) const {
+  constexpr size_t kSampledRows = 64;
+  Coded m = coded_;
+  m.codes = codes;
+  const size_t groups = taps_ * tap_blocks_, step = Ceil(m.rows, kSampledRows);
+  std::vector<std::uint8_t> row(Ceil(groups, kOctet) * kOctet), room;
+  double used = 0.0, count = 0.0, longest = 0.0;
+  for (const float length : longest_) longest += double{length} * length / static_cast<double>(longest_.size());
+  for (size_t stage = 0; stage < m.stages; ++stage) {
+    for (size_t r = 0; r < m.rows; r += step) {
+      kernels_->unpack(RowOfCodes(m, stage, r, room), m.row_bytes, m.bits, groups, row.data());
+      for (size_t group = 0; group < groups; ++group) {
+        used += squares_[(stage * m.books + group % tap_blocks_ % m.books) * m.words + row[group]];
+      }
+      count += static_cast<double>(groups);
+    }
+  }
+  const double usual = std::sqrt(used / std::max(count, 1.0) / static_cast<double>(m.width));
+  return usual > 0.0 ? 0.29 * kMostEntryTables * std::sqrt(longest) / usual / double{kShortSum} : kInfinite;
+}
+
+bool Entries::ShortsSuit(const float* x, size_t count) const {
+  const float largest = kernels_->largest(x, count);
+  return largest == 0.0F || (largest > kTinyInput && largest < kHugeInput);
+}
 
 bool Entries::Possible(const Weight& weight, size_t taps) {
   const Coded& m = weight.coded();
@@ -24,16 +94,19 @@ bool Entries::Possible(const Weight& weight, size_t taps) {
   return inputs % m.width == 0 && blocks % m.books == 0 && (m.bits == 8 || blocks % kOctet == 0);
 }
 
-double Entries::Products(const Weight& weight, size_t taps, double positions, double lookups) {
+// For an input position: words for a table, and lookups of all taps.
+double Entries::Products(Entry entry) const {
   // Products are counted in multiplications with a whole vector, of which a processor does two in a cycle; a lookup is
   // a load, an addition, and a bit of reading codes and sums. How codes are stored is left out, so that the same
   // kernels compute a layer by rows and in strips.
-  constexpr double kLookup = 1.85;
-  const Coded& m = weight.coded();
-  const auto outputs = static_cast<double>(Ceil(weight.outputs(), kStripRows) * kStripRows);
-  const auto words = static_cast<double>(m.words), width = static_cast<double>(m.width);
-  const auto blocks = static_cast<double>(m.stages * Ceil(weight.depth() / taps, m.width));
-  return blocks * (positions * words * width + lookups * outputs * kLookup);
+  const double lookup = entry == Entry::kFloat ? 1.85 : 1.45, rounding = entry == Entry::kFloat ? 0.0 : 1.0;
+  const auto outputs = static_cast<double>(strips() * kStripRows), taps = static_cast<double>(taps_);
+  const auto words = static_cast<double>(coded_.words), width = static_cast<double>(coded_.width);
+  return static_cast<double>(coded_.stages * tap_blocks_) * (words * (width + rounding) + taps * outputs * lookup);
+}
+
+size_t Entries::lanes(Entry entry, size_t positions) const {
+  return entry == Entry::kFloat && positions <= kernels_->few_row_lanes ? kernels_->few_row_lanes : lanes(entry);
 }
 
 Entries::Lines Entries::Read(const std::uint8_t* codes, size_t stage, size_t tap, size_t block, size_t strip,
@@ -51,34 +124,57 @@ Entries::Lines Entries::Read(const std::uint8_t* codes, size_t stage, size_t tap
   return {room, LineBytes(1)};
 }
 
-void Entries::Build(size_t stage, size_t block, size_t blocks, const float* x, size_t x_stride, size_t lanes,
-                    float* tables) const {
-  const Coded& m = coded_;
-  for (size_t i = 0; i < blocks; ++i) {
-    kernels_->build_entries({.x = x + i * m.width * x_stride,
-                             .x_stride = x_stride,
-                             .book = m.codebooks + (stage * m.books + (block + i) % m.books) * m.words * m.width,
-                             .words = m.words,
-                             .width = m.width,
-                             .cols = std::min(m.width, inputs_ - (block + i) * m.width),
-                             .lanes = lanes,
-                             .entries = tables + i * kTableWords * lanes});
-  }
+size_t Entries::Tables::Bytes(Entry entry, size_t lanes) {
+  const size_t values = kMostEntryTables * kTableWords * lanes;
+  if (entry == Entry::kFloat) return Scratch::Room<float>(values);
+  return Scratch::Room<std::int16_t>(values) + Scratch::Room<float>(lanes);
 }
 
-void Entries::Sum(const Lines& lines, size_t first, size_t blocks, const float* tables, size_t lanes,
-                  const Sums& sums) const {
+Entries::Tables::Tables(const Entries& entries, Entry entry, size_t lanes, Scratch& scratch)
+    : entries_(entries),
+      lanes_(lanes),
+      floats_(entry == Entry::kFloat ? scratch.Take<float>(kMostEntryTables * kTableWords * lanes) : nullptr),
+      shorts_(entry == Entry::kShort ? scratch.Take<std::int16_t>(kMostEntryTables * kTableWords * lanes) : nullptr),
+      units_(entry == Entry::kShort ? scratch.Take<float>(lanes) : nullptr) {}
+
+void Entries::Tables::Build(size_t stage, size_t block, size_t blocks, const float* x, size_t x_stride) {
+  const Coded& m = entries_.coded_;
+  const float* books[kMostEntryTables];
+  float longest[kMostEntryTables];
+  for (size_t i = 0; i < blocks; ++i) {
+    const size_t book = stage * m.books + (block + i) % m.books;
+    books[i] = m.codebooks + book * m.words * m.width;
+    if (shorts_ != nullptr) longest[i] = entries_.longest_[book];
+  }
+  count_ = blocks;
+  entries_.kernels_->build_entries({.x = x,
+                                    .x_stride = x_stride,
+                                    .books = books,
+                                    .tables = blocks,
+                                    .words = m.words,
+                                    .width = m.width,
+                                    .cols = std::min(m.width, entries_.inputs_ - (block + blocks - 1) * m.width),
+                                    .lanes = lanes_,
+                                    .entries = floats_,
+                                    .shorts = shorts_,
+                                    .longest = longest,
+                                    .units = units_});
+}
+
+void Entries::Tables::Sum(const Lines& lines, size_t first, const Sums& sums) const {
   const std::uint8_t* codes[kMostEntryTables];
-  for (size_t i = 0; i < blocks; ++i) codes[i] = lines.first + (first + i) * kStripRows;
-  kernels_->sum_entries({.codes = codes,
-                         .strips = sums.strips,
-                         .strip_bytes = lines.strip_bytes,
-                         .entries = tables,
-                         .tables = blocks,
-                         .lanes = lanes,
-                         .sums = sums.sums,
-                         .pitch = sums.pitch,
-                         .add = sums.add});
+  for (size_t i = 0; i < count_; ++i) codes[i] = lines.first + (first + i) * kStripRows;
+  entries_.kernels_->sum_entries({.codes = codes,
+                                  .strips = sums.strips,
+                                  .strip_bytes = lines.strip_bytes,
+                                  .entries = floats_,
+                                  .shorts = shorts_,
+                                  .units = units_,
+                                  .tables = count_,
+                                  .lanes = lanes_,
+                                  .sums = sums.sums,
+                                  .pitch = sums.pitch,
+                                  .add = sums.add});
 }
 
 }  // namespace vqonnx

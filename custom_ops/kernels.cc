@@ -1,8 +1,10 @@
 // The portable kernels, which are the specification of the fast ones, and the choice between tables.
 #include "kernels.h"
 
+#include <algorithm>
 #include <bit>
 #include <cassert>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 
@@ -29,6 +31,7 @@ struct Scalar {
   static float Max(float a, float b) { return a > b ? a : b; }
   static float Min(float a, float b) { return a < b ? a : b; }
   static float Div(float a, float b) { return a / b; }
+  static float Sqrt(float a) { return std::sqrt(a); }
   static float ToExponent(float a) { return std::bit_cast<float>(std::bit_cast<std::uint32_t>(a) << 23); }
   static float LoadPart(const float* p, std::size_t) { return *p; }
   static void StorePart(float* p, std::size_t, float a) { *p = a; }
@@ -41,6 +44,19 @@ struct Scalar {
 using Narrow = Scalar;
 using Middle = Scalar;
 using Wide = Scalar;
+
+struct Shorts {
+  static constexpr std::size_t kLanes = 1;
+  static std::int16_t Load(const std::int16_t* p) { return *p; }
+  static std::int16_t Add(std::int16_t a, std::int16_t b) { return static_cast<std::int16_t>(a + b); }
+  template <std::size_t>
+  static float Floats(std::int16_t a) {
+    return a;
+  }
+  static void StoreNearest(std::int16_t* p, float a) {
+    *p = static_cast<std::int16_t>(std::clamp(std::nearbyint(a), -32768.0F, 32767.0F));
+  }
+};
 
 std::uint64_t LoadEight(const std::uint8_t* p) {
   std::uint64_t window = 0;
@@ -184,6 +200,7 @@ const Kernels kPortable = {.name = "portable",
                            .dot_has_tables = HasTables<ProductTable>,
                            .row_lanes = Wide::kLanes,
                            .few_row_lanes = Middle::kLanes,
+                           .short_lanes = Shorts::kLanes,
                            .code_lines = CodeLines,
                            .build_entries = BuildEntry,
                            .sum_entries = SumEntry,
@@ -199,6 +216,7 @@ const Kernels kPortable = {.name = "portable",
                            .finish_across = FinishAcross,
                            .add_up = AddUp,
                            .add_to = AddTo,
+                           .largest = Largest,
                            .measure = Measure,
                            .quantise = Quantise,
                            .build_tables = BuildTable,

@@ -148,25 +148,34 @@ struct SumTables {
   bool add;            // to what they hold
 };
 
-// Products by tables of entries: what one word of a codebook yields with `lanes` rows of x, in float32, one after the
-// other. `lanes` is Kernels::row_lanes or few_row_lanes.
+// Products by tables of entries: what one word of a codebook yields with `lanes` rows of x, one after the other:
+// floats, of Kernels::row_lanes or few_row_lanes rows, or integers of 16 bits, of Kernels::short_lanes, each row in
+// units of its own, so large that the sum of one entry of each table does not overflow.
+constexpr std::size_t kMostEntryTables = 4;  // whose entries are added up at once: as many as stay near
+constexpr float kShortSum = 32700.0F;        // what such a sum may be, with some room for rounding
+constexpr float kShortInput = 1e-19F;        // a block of x that is shorter is taken for as long
 struct BuildEntries {
-  const float* x;  // [cols][lanes], x_stride apart
+  const float* x;  // [tables * width][lanes], x_stride apart
   std::size_t x_stride;
-  const float* book;  // [words][width]
+  const float* const* books;  // of each table [words][width]
+  std::size_t tables;         // 1 to kMostEntryTables
   std::size_t words, width;
-  std::size_t cols;  // at most width: those of a last block may be fewer
+  std::size_t cols;  // of the last table; the others have `width`
   std::size_t lanes;
-  float* entries;  // [words][lanes]
+  float* entries;        // [tables][kTableWords][lanes]; or null:
+  std::int16_t* shorts;  // the same, the nearest integers to products / units
+  const float* longest;  // of each table: the length of its longest word, or more; positive
+  float* units;          // [lanes]: longest / kShortSum times the length of the block of x, summed over the tables
 };
 
-constexpr std::size_t kMostEntryTables = 4;  // whose entries are added up at once: as many as stay near
 struct SumEntries {
   // For each table, of each strip of kStripRows outputs a line of codes, `strip_bytes` apart.
   const std::uint8_t* const* codes;
   std::size_t strips, strip_bytes;
-  const float* entries;  // [tables][kTableWords][lanes]
-  std::size_t tables;    // 1 to kMostEntryTables
+  const float* entries;        // [tables][kTableWords][lanes]; or null:
+  const std::int16_t* shorts;  // the same, with
+  const float* units;          // [lanes]
+  std::size_t tables;          // 1 to kMostEntryTables
   std::size_t lanes;
   float* sums;  // [strips * kStripRows][lanes], `pitch` apart: entries in the order of tables, their sum added
   std::size_t pitch;
@@ -225,7 +234,7 @@ struct Kernels {
   // Tables of entries. `code_lines` brings codes of at most 8 bits, of any form, to the order in which they are needed:
   // out[code][kStripRows] for rows from `row` on, a multiple of kStripRows, and blocks from `group` on, a multiple of
   // kOctet; zeros for rows that the matrix does not have. There is room for `count` rounded up to octets.
-  std::size_t row_lanes, few_row_lanes;
+  std::size_t row_lanes, few_row_lanes, short_lanes;
   void (*code_lines)(const Coded& matrix, std::size_t stage, std::size_t row, std::size_t group, std::size_t count,
                      std::uint8_t* out);
   void (*build_entries)(const BuildEntries& build);
@@ -258,6 +267,9 @@ struct Kernels {
 
   // to[j] += from[j].
   void (*add_to)(const float* from, std::size_t size, float* to);
+
+  // The largest magnitude of x, and not a finite number where some value is none.
+  float (*largest)(const float* x, std::size_t count);
 
   // Table lookup; null where the instruction set has no use for it. `quantise` rounds x * scale to the nearest
   // integers.

@@ -49,7 +49,16 @@ void Compare(const Kernels& kernels, const Node& node, const char* what, Guarded
 }
 
 const char* HowOf(Precision precision) {
-  return precision == Precision::kExact ? "" : precision == Precision::kEntries ? " by entries" : " by tables";
+  switch (precision) {
+    case Precision::kExact:
+      return "";
+    case Precision::kEntries:
+      return " by entries";
+    case Precision::kShorts:
+      return " by entries of 16 bits";
+    default:
+      return " by tables";
+  }
 }
 
 void CheckMatrix(const Kernels& kernels, unsigned seed) {
@@ -82,8 +91,9 @@ void CheckMatrix(const Kernels& kernels, unsigned seed) {
       scales[r * outputs + o] = scale;
     }
   }
-  for (const Precision precision : {Precision::kExact, Precision::kEntries, Precision::kTables}) {
+  for (const Precision precision : {Precision::kExact, Precision::kEntries, Precision::kShorts, Precision::kTables}) {
     const Matrix matrix(node.View(), node.perm, transposed, precision, kernels);
+    const bool is_rounded = precision == Precision::kTables || precision == Precision::kShorts;
     Guarded out(rows * outputs, 0);
     Call call = {.x = x.data(),
                  .codes = node.sample.View().codes,
@@ -100,7 +110,7 @@ void CheckMatrix(const Kernels& kernels, unsigned seed) {
     for (size_t i = 0; i < want.size(); ++i) {
       want[i] = Activated(call.addend != nullptr ? sums[i] + addend[i] : sums[i], call.activation);
       bound[i] = kSiluRise * 1e-5 * scales[i] + 1e-6;
-      if (precision == Precision::kTables && by_output) {
+      if (is_rounded && by_output) {
         bound[i] += kSiluRise * TableError(node.sample, x, node.sample.groups, i % outputs);
       }
     }
@@ -179,10 +189,11 @@ void CheckConv(const Kernels& kernels, unsigned seed) {
     sums[i] = sum;
     scales[i] = scale;
   }
-  for (const Precision precision : {Precision::kExact, Precision::kEntries, Precision::kTables}) {
+  for (const Precision precision : {Precision::kExact, Precision::kEntries, Precision::kShorts, Precision::kTables}) {
     const Conv conv(node.View(), node.perm, node.strides, node.dilations, node.pads, node.group, precision, kernels);
     const Dims expected = {shape[0], o, static_cast<std::int64_t>(out_size[0]), static_cast<std::int64_t>(out_size[1])};
     if (conv.OutputShape(shape) != expected) return Fail(kernels, node.sample, "Conv has a wrong shape");
+    const bool is_rounded = precision == Precision::kTables || precision == Precision::kShorts;
     Guarded out(addend.size(), 0);
     Call call = {.x = x.data(),
                  .codes = node.sample.View().codes,
@@ -199,7 +210,7 @@ void CheckConv(const Kernels& kernels, unsigned seed) {
     for (size_t i = 0; i < want.size(); ++i) {
       want[i] = Activated(call.addend != nullptr ? sums[i] + addend[i] : sums[i], call.activation);
       bound[i] = kSiluRise * 1e-5 * scales[i] + 1e-6;
-      if (precision == Precision::kTables && order < 3) {
+      if (is_rounded && order < 3) {
         bound[i] += kSiluRise * TableError(node.sample, x, node.sample.groups, i / out_plane % outputs);
       }
     }

@@ -13,6 +13,7 @@
 #include "entries.h"
 #include "kernels.h"
 #include "lookup.h"
+#include "precision.h"
 #include "split.h"
 #include "tasks.h"
 #include "weight.h"
@@ -33,10 +34,6 @@ struct Call {
   float* out = nullptr;
 };
 
-// What a layer may do to be fast: kFast allows tables of 16 bits, kAuto only where their error is small; kTables takes
-// them wherever there can be some, and kEntries those in float32, for checks.
-enum class Precision { kAuto, kExact, kFast, kTables, kEntries };
-
 // Products of numbers that a processor with tables does in a cycle otherwise, about.
 constexpr double kProductsInCycle = 29.0;
 
@@ -55,7 +52,7 @@ class Matrix {
  private:
   // Counted in products of two numbers.
   double ExactProducts(std::size_t rows) const;
-  double EntriesProducts(std::size_t rows) const;
+  double EntriesProducts(Entry entry, std::size_t rows) const;
   bool ByTables(std::size_t rows) const;
   void RunExact(const Call& call, std::size_t rows, const Tasks& tasks) const;
   void RunDots(const Call& call, std::size_t rows, const Tasks& tasks) const;
@@ -63,7 +60,7 @@ class Matrix {
   void RunFewRows(const Call& call, std::size_t rows, const Tasks& tasks) const;
   void RunManyRows(const Call& call, std::size_t rows, const Tasks& tasks) const;
   struct Cut;
-  void RunEntries(const Call& call, std::size_t rows, const Tasks& tasks) const;
+  void RunEntries(const Call& call, Entry entry, std::size_t rows, const Tasks& tasks) const;
   void SumTiles(const Call& call, std::size_t rows, const Cut& cut, Part tiles, std::size_t piece, std::size_t part,
                 float* sums, Scratch& scratch) const;
   void FinishTile(const Call& call, std::size_t rows, const Cut& cut, std::size_t tile, std::size_t output,
@@ -75,7 +72,6 @@ class Matrix {
   std::optional<Lookup> lookup_;
   double lookup_products_ = std::numeric_limits<double>::infinity();  // a row, about
   std::optional<Entries> entries_;
-  double entries_products_ = 0.0;  // the same
 };
 
 // A convolution of one or two axes.
@@ -112,13 +108,17 @@ class Conv {
   struct Line;
   // False: it does not pay, and the output is still to be computed.
   bool RunEntries(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
-  bool RunOneTap(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
+  Line LineOf(Entry entry, std::span<const std::int64_t> image, const Grid& grid) const;
+  double OneTapProducts(Entry entry, const Grid& grid) const;
+  void RunLine(const Call& call, std::span<const std::int64_t> image, const Line& line, const Tasks& tasks) const;
+  void RunOneTap(const Call& call, Entry entry, std::span<const std::int64_t> image, const Grid& grid,
+                 const Tasks& tasks) const;
   void SumLine(const Call& call, const float* image, std::size_t plane, const Line& line, std::size_t band,
                std::size_t piece, std::size_t part, float* out) const;
   void FinishLine(const Call& call, const Line& line, std::size_t image, std::size_t first, std::size_t count,
                   const float* sums) const;
   bool HasTapsOutside() const;
-  void PlanEntries(Precision precision);
+  void PlanEntries(const std::uint8_t* codes, Precision precision);
   void PlanLookup(const std::uint8_t* codes, Precision precision);
   void RunExact(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
   // False: the inputs do not suit lookups, and the output is still to be computed.
@@ -134,7 +134,6 @@ class Conv {
   std::size_t groups_ = 1, channels_ = 0;  // channels of one group
   bool is_depthwise_ = false;              // and its taps are in order
   std::optional<Entries> entries_;
-  double entries_products_ = 0.0;  // for an input position, about
   std::optional<Lookup> lookup_;
   std::vector<std::array<std::size_t, 2>> tap_remainders_;  // of each tap class: those of its taps' rows and columns
   std::vector<std::array<std::size_t, 2>> set_steps_;  // of each set's tap: outputs that it lies behind the first tap

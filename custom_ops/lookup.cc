@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 
+#include "precision.h"
 #include "split.h"
 
 namespace vqonnx {
@@ -328,10 +329,7 @@ bool Lookup::Suits(const float* x, size_t count) const {
   return extent.finite && std::isfinite(last) && Suits(std::max(extent.most, last));
 }
 
-bool Lookup::Allowed(bool any_error) const {
-  constexpr double kMostError = 2.5e-4;
-  return any_error || (kernels_->tables_pay && error_ <= kMostError);
-}
+bool Lookup::Allowed(bool any_error) const { return any_error || (kernels_->tables_pay && error_ <= kMostError); }
 
 double Lookup::Cycles(const Weight& weight, size_t taps, double positions, double lookups) {
   const size_t width = JoinedCodes(weight, taps) * weight.coded().width;

@@ -25,10 +25,9 @@ Matrix::Matrix(const Inputs& inputs, std::span<const std::int64_t> perm, bool tr
     : kernels_(&kernels), weight_(inputs, perm, transposed ? 0 : 1, kernels) {
   if (weight_.shape().size() != 2) throw Invalid("the weight is " + Text(weight_.shape()) + "; it must have 2 axes");
   if (Entries::Possible(weight_, 1)) {
-    entries_.emplace(weight_, 1, kernels);
-    entries_products_ = precision == Precision::kEntries ? 0.0 : Entries::Products(weight_, 1, 1.0, 1.0);
+    entries_.emplace(weight_, static_cast<const std::uint8_t*>(inputs.codes.data), 1, precision, kernels);
   }
-  if (precision == Precision::kExact || precision == Precision::kEntries) return;
+  if (precision == Precision::kExact || precision == Precision::kEntries || precision == Precision::kShorts) return;
   if (!Lookup::Possible(weight_, 1, kernels)) return;
   const bool always = precision == Precision::kTables;
   lookup_products_ = always ? 0.0 : Lookup::Cycles(weight_, 1, 1.0, 1.0) * kProductsInCycle;
@@ -48,23 +47,30 @@ double Matrix::ExactProducts(size_t rows) const {
 }
 
 // What tables of entries would take: for all lanes, used or not.
-double Matrix::EntriesProducts(size_t rows) const {
+double Matrix::EntriesProducts(Entry entry, size_t rows) const {
   if (!entries_) return std::numeric_limits<double>::infinity();
-  const size_t lanes = kernels_->row_lanes;
-  return entries_products_ * static_cast<double>(Ceil(rows, lanes) * lanes);
+  const size_t lanes = entries_->lanes(entry, rows);
+  return entries_->cost(entry) * static_cast<double>(Ceil(rows, lanes) * lanes);
 }
 
+// Against vectors of many lanes: on some processors those of few take as long.
 bool Matrix::ByTables(size_t rows) const {
-  return static_cast<double>(rows) * lookup_products_ < std::min(ExactProducts(rows), EntriesProducts(rows));
+  const size_t many = std::max(rows, kernels_->few_row_lanes + 1);
+  const double entries = std::min(EntriesProducts(Entry::kFloat, many), EntriesProducts(Entry::kShort, many));
+  return static_cast<double>(rows) * lookup_products_ < std::min(ExactProducts(rows), entries);
 }
 
 void Matrix::Run(const Call& call, size_t rows, const Tasks& tasks) const {
-  if (!lookup_ || !ByTables(rows) || !lookup_->Suits(call.x, rows * weight_.depth())) {
-    return EntriesProducts(rows) < ExactProducts(rows) ? RunEntries(call, rows, tasks) : RunExact(call, rows, tasks);
+  const size_t inputs = rows * weight_.depth();
+  if (lookup_ && ByTables(rows) && lookup_->Suits(call.x, inputs)) {
+    if (rows == 1 && lookup_->in_strips()) return RunOneRow(call, tasks);
+    return rows <= kFewRows ? RunFewRows(call, rows, tasks) : RunManyRows(call, rows, tasks);
   }
-  if (rows == 1 && lookup_->in_strips()) return RunOneRow(call, tasks);
-  if (rows <= kFewRows) return RunFewRows(call, rows, tasks);
-  RunManyRows(call, rows, tasks);
+  const double exact = ExactProducts(rows), floats = EntriesProducts(Entry::kFloat, rows);
+  if (EntriesProducts(Entry::kShort, rows) < std::min(exact, floats) && entries_->ShortsSuit(call.x, inputs)) {
+    return RunEntries(call, Entry::kShort, rows, tasks);
+  }
+  floats < exact ? RunEntries(call, Entry::kFloat, rows, tasks) : RunExact(call, rows, tasks);
 }
 
 void Matrix::FinishRow(const Call& call, size_t row, size_t output, size_t count, const float* sums) const {

@@ -20,8 +20,9 @@ constexpr size_t kFinishStrips = 16;
 // How the work is cut. A tile is as many rows as a vector has lanes. It depends on sizes alone, so that results do not
 // depend on the number of threads.
 struct Matrix::Cut {
-  Cut(const Entries& entries, size_t rows)
-      : lanes(entries.lanes(rows)),
+  Cut(const Entries& entries, Entry kind, size_t rows)
+      : entry(kind),
+        lanes(entries.lanes(kind, rows)),
         tiles(Ceil(rows, lanes)),
         pieces(Ceil(entries.strips(), kPieceStrips)),
         piece_strips(Ceil(entries.strips(), pieces)),
@@ -30,6 +31,7 @@ struct Matrix::Cut {
         batch(Ceil(tiles, batches)),
         parts(std::clamp<size_t>(Ceil(kTasks, batches * pieces), 1, Ceil(entries.blocks(), Entries::kLineBlocks))) {}
 
+  Entry entry;
   size_t lanes, tiles;
   size_t pieces, piece_strips;  // of outputs
   size_t sums_floats;           // of a tile and piece
@@ -44,7 +46,7 @@ void Matrix::SumTiles(const Call& call, size_t rows, const Cut& cut, Part tiles,
   const size_t depth = weight_.depth(), lanes = cut.lanes, width = entries.width();
   const size_t strip = piece * cut.piece_strips, strips = std::min(cut.piece_strips, entries.strips() - strip);
   auto* turned = scratch.Take<float>(Entries::kLineBlocks * width * lanes);
-  auto* tables = scratch.Take<float>(entries.TableFloats(lanes));
+  Entries::Tables tables(entries, cut.entry, lanes, scratch);
   auto* room = scratch.Take<std::uint8_t>(Entries::LineBytes(strips));
   const Part chunks = PartOf(Ceil(entries.blocks(), Entries::kLineBlocks), cut.parts, part);
   for (size_t chunk = chunks.begin; chunk < chunks.begin + chunks.size; ++chunk) {
@@ -59,9 +61,9 @@ void Matrix::SumTiles(const Call& call, size_t rows, const Cut& cut, Part tiles,
         kernels_->transpose(call.x + row * depth + col, depth, its_rows, cols, turned, lanes);
         for (size_t i = 0; i < blocks; i += kMostEntryTables) {
           const size_t count = std::min(kMostEntryTables, blocks - i);
-          entries.Build(stage, block + i, count, turned + i * width * lanes, lanes, lanes, tables);
+          tables.Build(stage, block + i, count, turned + i * width * lanes, lanes);
           const bool add = chunk > chunks.begin || stage > 0 || i > 0;
-          entries.Sum(lines, i, count, tables, lanes, {sums + t * cut.sums_floats, lanes, strips, add});
+          tables.Sum(lines, i, {sums + t * cut.sums_floats, lanes, strips, add});
         }
       }
     }
@@ -78,13 +80,13 @@ void Matrix::FinishTile(const Call& call, size_t rows, const Cut& cut, size_t ti
   }
 }
 
-void Matrix::RunEntries(const Call& call, size_t rows, const Tasks& tasks) const {
+void Matrix::RunEntries(const Call& call, Entry entry, size_t rows, const Tasks& tasks) const {
   if (rows == 0) return;
   const Entries& entries = *entries_;
-  const Cut cut(entries, rows);
+  const Cut cut(entries, entry, rows);
   const size_t piece_outputs = cut.piece_strips * kStripRows;
   const size_t task_bytes = Scratch::Room<float>(Entries::kLineBlocks * entries.width() * cut.lanes) +
-                            Scratch::Room<float>(entries.TableFloats(cut.lanes)) +
+                            Entries::Tables::Bytes(entry, cut.lanes) +
                             Scratch::Room<std::uint8_t>(Entries::LineBytes(cut.piece_strips));
   const size_t batch_floats = cut.batch * cut.sums_floats;
   if (cut.parts == 1) {

@@ -19,6 +19,7 @@ struct Wide {
   static float32x4_t Max(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static float32x4_t Min(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
   static float32x4_t Div(float32x4_t a, float32x4_t b) { return vdivq_f32(a, b); }
+  static float32x4_t Sqrt(float32x4_t a) { return vsqrtq_f32(a); }
   static float32x4_t ToExponent(float32x4_t a) {
     return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(a), 23));
   }
@@ -51,6 +52,17 @@ struct Wide {
 };
 using Middle = Wide;
 using Narrow = Wide;
+
+struct Shorts {
+  static constexpr std::size_t kLanes = 8;
+  static int16x8_t Load(const std::int16_t* p) { return vld1q_s16(p); }
+  static int16x8_t Add(int16x8_t a, int16x8_t b) { return vaddq_s16(a, b); }
+  template <std::size_t kPart>
+  static float32x4_t Floats(int16x8_t a) {
+    return vcvtq_f32_s32(vmovl_s16(kPart == 0 ? vget_low_s16(a) : vget_high_s16(a)));
+  }
+  static void StoreNearest(std::int16_t* p, float32x4_t a) { vst1_s16(p, vqmovn_s32(vcvtnq_s32_f32(a))); }
+};
 
 inline std::uint64_t LoadEight(const std::uint8_t* p) { return vget_lane_u64(vreinterpret_u64_u8(vld1_u8(p)), 0); }
 
@@ -158,6 +170,7 @@ const Kernels kNeon = {.name = "neon",
                        .dot_has_tables = HasTables<ProductTable>,
                        .row_lanes = Wide::kLanes,
                        .few_row_lanes = Middle::kLanes,
+                       .short_lanes = Shorts::kLanes,
                        .code_lines = CodeLines,
                        .build_entries = BuildEntry,
                        .sum_entries = SumEntry,
@@ -173,6 +186,7 @@ const Kernels kNeon = {.name = "neon",
                        .finish_across = FinishAcross,
                        .add_up = AddUp,
                        .add_to = AddTo,
+                       .largest = Largest,
                        .measure = nullptr,
                        .quantise = nullptr,
                        .build_tables = nullptr,

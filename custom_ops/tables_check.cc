@@ -7,20 +7,20 @@
 namespace vqonnx::check {
 namespace {
 
-void CheckError(const Kernels& kernels, const Node& node, const std::string& what,
+void CheckError(const Kernels& kernels, const Node& node, const std::string& what, Precision precision,
                 const std::function<std::vector<float>(Precision, const std::vector<float>&)>& run, size_t inputs) {
   Random random(2);
   std::vector<float> x(inputs);
   for (float& value : x) value = Value(random, false);
-  double error = RelativeError(run(Precision::kTables, x), run(Precision::kExact, x));
+  double error = RelativeError(run(precision, x), run(Precision::kExact, x));
   if (!(error <= 3e-4)) Fail(kernels, node.sample, what + " by tables is off by " + std::to_string(error));
   x[inputs / 2] = 1000.0F;
-  error = RelativeError(run(Precision::kTables, x), run(Precision::kExact, x));
+  error = RelativeError(run(precision, x), run(Precision::kExact, x));
   if (!(error <= 1e-3))
     Fail(kernels, node.sample, what + " by tables, with one input of 1000, is off by " + std::to_string(error));
   for (const float size : {1e-12F, 1e-18F, 1e-21F, 1e-24F, 1e12F}) {  // the squares of some are beyond float
     for (float& value : x) value = size * Value(random, false);
-    error = RelativeError(run(Precision::kTables, x), run(Precision::kExact, x));
+    error = RelativeError(run(precision, x), run(Precision::kExact, x));
     if (!(error <= 3e-4))
       Fail(kernels, node.sample,
            what + " by tables, with inputs of 1e" + std::to_string(static_cast<int>(std::log10(size))) +
@@ -28,10 +28,7 @@ void CheckError(const Kernels& kernels, const Node& node, const std::string& wha
   }
 }
 
-}  // namespace
-
-void CheckErrors(const Kernels& kernels) {
-  if (kernels.sum_tables == nullptr) return;
+void CheckErrorsOf(const Kernels& kernels, Precision tables) {
   Random random(1);
   struct Form {
     size_t width, bits;
@@ -49,7 +46,7 @@ void CheckErrors(const Kernels& kernels) {
         Matrix(node.View(), node.perm, true, precision, kernels).Run(call, 1, Shuffled(1));
         return out;
       };
-      CheckError(kernels, node, "Matrix", run, inputs);
+      CheckError(kernels, node, "Matrix", tables, run, inputs);
     }
     for (const auto& [channels, size] : {std::pair<size_t, size_t>{64, 12}, {128, 6}, {256, 4}}) {
       const auto c = static_cast<std::int64_t>(channels), s = static_cast<std::int64_t>(size);
@@ -63,9 +60,16 @@ void CheckErrors(const Kernels& kernels) {
         Conv(node.View(), node.perm, ones, ones, pads, 1, precision, kernels).Run(call, shape, Shuffled(1));
         return out;
       };
-      CheckError(kernels, node, "Conv", run, channels * size * size);
+      CheckError(kernels, node, "Conv", tables, run, channels * size * size);
     }
   }
+}
+
+}  // namespace
+
+void CheckErrors(const Kernels& kernels) {
+  if (kernels.sum_tables != nullptr) CheckErrorsOf(kernels, Precision::kTables);
+  CheckErrorsOf(kernels, Precision::kShorts);
 }
 
 void BenchLayers(const std::vector<const Kernels*>& tables) {

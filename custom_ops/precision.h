@@ -1,0 +1,16 @@
+// What a layer may do to be fast. Knows neither onnxruntime nor intrinsics.
+#ifndef VQONNX_PRECISION_H_
+#define VQONNX_PRECISION_H_
+
+namespace vqonnx {
+
+// kFast allows tables of 16 bits, kAuto only where their error is small. For checks, kTables takes those of products
+// wherever there can be some, kEntries those of entries in float32, kShorts those in 16 bits.
+enum class Precision { kAuto, kExact, kFast, kTables, kEntries, kShorts };
+
+// The relative error of a layer up to which kAuto allows it, as it is expected.
+constexpr double kMostError = 2.5e-4;
+
+}  // namespace vqonnx
+
+#endif  // VQONNX_PRECISION_H_
