@@ -60,7 +60,15 @@ struct Shorts {
   static __m256i Add(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
   template <std::size_t kPart>
   static __m256 Floats(__m256i a) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(a, kPart)));
+    return _mm256_cvtepi32_ps(Ints<kPart>(a));
+  }
+  template <std::size_t kPart>
+  static __m256 FloatsOfSum(__m256i a, __m256i b) {
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(Ints<kPart>(a), Ints<kPart>(b)));
+  }
+  template <std::size_t kPart>
+  static __m256i Ints(__m256i a) {
+    return _mm256_cvtepi16_epi32(_mm256_extracti128_si256(a, kPart));
   }
   static void StoreNearest(std::int16_t* p, __m256 a) {
     const __m256i nearest = _mm256_cvtps_epi32(a);
@@ -163,6 +171,7 @@ const Kernels kAvx2 = {.name = "avx2",
                        .short_lanes = Shorts::kLanes,
                        .code_lines = CodeLines,
                        .build_entries = BuildEntry,
+                       .takes_short_books = false,
                        .sum_entries = SumEntry,
                        .tile_lanes = kTileLanes,
                        .tile_count = kTileCount,

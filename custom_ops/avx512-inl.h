@@ -66,6 +66,13 @@ struct Shorts {
     static_assert(kPart == 0);
     return _mm512_maskz_cvtepi32_ps(0xFFFF, _mm512_maskz_cvtepi16_epi32(0xFFFF, a));
   }
+  template <std::size_t kPart>
+  static __m512 FloatsOfSum(__m256i a, __m256i b) {
+    static_assert(kPart == 0);
+    const __m512i sum =
+        _mm512_add_epi32(_mm512_maskz_cvtepi16_epi32(0xFFFF, a), _mm512_maskz_cvtepi16_epi32(0xFFFF, b));
+    return _mm512_maskz_cvtepi32_ps(0xFFFF, sum);
+  }
   static void StoreNearest(std::int16_t* p, __m512 a) {
     const __m512i nearest = _mm512_maskz_cvtps_epi32(0xFFFF, a);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtsepi32_epi16(0xFFFF, nearest));

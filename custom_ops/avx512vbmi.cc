@@ -6,6 +6,7 @@
 #include "scalar-vbmi-inl.h"
 #include "algorithms-inl.h"
 #include "table-vbmi-inl.h"
+#include "entries-vbmi-inl.h"
 // clang-format on
 
 namespace vqonnx {
@@ -22,7 +23,8 @@ const Kernels kAvx512Vbmi = {.name = "avx512vbmi",
                              .few_row_lanes = Middle::kLanes,
                              .short_lanes = Shorts::kLanes,
                              .code_lines = CodeLines,
-                             .build_entries = BuildEntry,
+                             .build_entries = BuildEntryByPairs,
+                             .takes_short_books = true,
                              .sum_entries = SumEntry,
                              .tile_lanes = kTileLanes,
                              .tile_count = kTileCount,

@@ -230,6 +230,7 @@ void CheckErrors(const Kernels& kernels);
 void CheckSizes(const Kernels& kernels);
 void FuzzLayers(const Kernels& kernels, unsigned seeds);
 void BenchLayers(const std::vector<const Kernels*>& tables);
+void BenchTables(const std::vector<const Kernels*>& tables);
 
 }  // namespace vqonnx::check
 

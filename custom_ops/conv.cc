@@ -42,10 +42,16 @@ std::vector<std::int64_t> Conv::OutputShape(std::span<const std::int64_t> image)
   return ConvOutputShape(window_, weight_.shape(), groups_, image);
 }
 
+bool Conv::ByTables(std::span<const std::int64_t> shape, const Grid& grid) const {
+  if (!lookup_) return false;
+  const double products = static_cast<double>(grid.out_rows * grid.out_cols) * lookup_products_;
+  return products <= std::min(EntriesProducts(Entry::kFloat, shape, grid), EntriesProducts(Entry::kShort, shape, grid));
+}
+
 void Conv::Run(const Call& call, std::span<const std::int64_t> shape, const Tasks& tasks) const {
   if (shape[0] == 0) return;
   const Grid grid(window_, shape.size() == 4 ? static_cast<size_t>(shape[2]) : 1, static_cast<size_t>(shape.back()));
-  if (!lookup_ || !RunLookup(call, shape, grid, tasks)) RunExact(call, shape, grid, tasks);
+  if (!ByTables(shape, grid) || !RunLookup(call, shape, grid, tasks)) RunExact(call, shape, grid, tasks);
 }
 
 }  // namespace vqonnx

@@ -207,30 +207,34 @@ Conv::Line Conv::LineOf(Entry entry, std::span<const std::int64_t> shape, const 
   return {window_, grid, image_rows, static_cast<size_t>(shape.back()), *entries_, entry};
 }
 
+// What tables of entries would take for an image, for all lanes, used or not.
+double Conv::EntriesProducts(Entry entry, std::span<const std::int64_t> shape, const Grid& grid) const {
+  constexpr double kInfinite = std::numeric_limits<double>::infinity();
+  const double cost = entries_ ? entries_->cost(entry) : kInfinite;
+  if (cost == kInfinite) return cost;
+  if (IsOneTap()) {
+    const size_t lanes = entries_->lanes(entry);
+    return static_cast<double>(Ceil(grid.out_rows * grid.out_cols, lanes) * lanes) * cost;
+  }
+  const Line line = LineOf(entry, shape, grid);
+  if (line.floats(entries_->taps()) > kMostFloats) return kInfinite;
+  return cost == 0.0 ? 0.0 : line.products;
+}
+
 bool Conv::RunEntries(const Call& call, std::span<const std::int64_t> shape, const Grid& grid,
                       const Tasks& tasks) const {
-  const bool one_tap = entries_->taps() == 1 && !window_.is_padded();
-  const auto products = [&](Entry entry) {
-    constexpr double kInfinite = std::numeric_limits<double>::infinity();
-    const double cost = entries_->cost(entry);
-    if (cost == kInfinite) return cost;
-    if (one_tap) return OneTapProducts(entry, grid);
-    const Line line = LineOf(entry, shape, grid);
-    if (line.floats(entries_->taps()) > kMostFloats) return kInfinite;
-    return cost == 0.0 ? 0.0 : line.products;
-  };
-  const double share = one_tap ? 1.0 : Border::Share(grid);
+  const double share = IsOneTap() ? 1.0 : Border::Share(grid);
   const double exact = share * static_cast<double>(grid.out_rows * grid.out_cols * weight_.outputs() * weight_.depth());
-  const double floats = products(Entry::kFloat);
+  const double floats = EntriesProducts(Entry::kFloat, shape, grid);
   size_t inputs = 1;
   for (const std::int64_t size : shape) inputs *= static_cast<size_t>(size);
   Entry entry = Entry::kFloat;
-  if (products(Entry::kShort) < std::min(exact, floats) && entries_->ShortsSuit(call.x, inputs)) {
+  if (EntriesProducts(Entry::kShort, shape, grid) < std::min(exact, floats) && entries_->ShortsSuit(call.x, inputs)) {
     entry = Entry::kShort;
   } else if (floats >= exact) {
     return false;
   }
-  one_tap ? RunOneTap(call, entry, shape, grid, tasks) : RunLine(call, shape, LineOf(entry, shape, grid), tasks);
+  IsOneTap() ? RunOneTap(call, entry, shape, grid, tasks) : RunLine(call, shape, LineOf(entry, shape, grid), tasks);
   return true;
 }
 

@@ -85,6 +85,7 @@ void Conv::PlanLookup(const std::uint8_t* codes, Precision precision) {
   const double cycles =
       Lookup::Cycles(weight_, taps, static_cast<double>(tap_remainders_.size()), static_cast<double>(taps));
   if (!always && cycles >= products / kProductsInCycle) return;
+  lookup_products_ = always ? 0.0 : cycles * kProductsInCycle;
   lookup_.emplace(weight_, codes, tap_class, *kernels_);
   if (!always && !lookup_->Allowed(precision == Precision::kFast)) return lookup_.reset();
   for (const Lookup::Set& set : lookup_->sets()) {

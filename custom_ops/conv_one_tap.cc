@@ -16,11 +16,6 @@ constexpr size_t kTasks = 4;            // of an image, at least
 
 }  // namespace
 
-double Conv::OneTapProducts(Entry entry, const Grid& grid) const {
-  const size_t lanes = entries_->lanes(entry);
-  return static_cast<double>(Ceil(grid.out_rows * grid.out_cols, lanes) * lanes) * entries_->cost(entry);
-}
-
 void Conv::RunOneTap(const Call& call, Entry entry, std::span<const std::int64_t> shape, const Grid& grid,
                      const Tasks& tasks) const {
   const Entries& entries = *entries_;

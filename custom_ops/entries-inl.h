@@ -125,7 +125,7 @@ void BuildFloats(const BuildEntries& b) {
 
 void BuildShorts(const BuildEntries& b) {
   for (std::size_t part = 0; part < Shorts::kLanes; part += Wide::kLanes) {
-    auto units = Wide::Set(0.0F);
+    auto units = Wide::Set(0.0F), before = units;  // of the first table of two
     for (std::size_t t = 0; t < b.tables; ++t) {
       const BookAndBlock block = BlockOf(b, t);
       auto square = Wide::Set(0.0F);
@@ -134,7 +134,8 @@ void BuildShorts(const BuildEntries& b) {
         square = Wide::MulAdd(value, value, square);
       }
       const auto length = Wide::Max(Wide::Sqrt(square), Wide::Set(kShortInput));
-      units = Wide::MulAdd(length, Wide::Set(b.longest[t] / kShortSum), units);
+      before = Wide::MulAdd(length, Wide::Set(b.longest[t] / kShortSum), t % 2 == 0 ? Wide::Set(0.0F) : before);
+      units = Wide::Max(units, before);
     }
     Wide::Store(b.units + part, units);
     const auto one_over_units = Wide::Div(Wide::Set(1.0F), units);
@@ -160,16 +161,18 @@ VQONNX_INLINE std::size_t ByteTimes(std::uint64_t eight, std::size_t i) {
   return static_cast<std::size_t>(shifted & 255 * kBytes);
 }
 
-// What SumTables does with entries of either kind. `At`: an entry, by its place in bytes.
+// Entries of either kind. `Put` adds up those that at(table) yields, and adds what they come to.
 template <class F>
 struct FloatEntries {
   using Value = float;
   static constexpr std::size_t kLanes = F::kLanes;
   explicit FloatEntries(const SumEntries& s) : entries(s.entries) {}
   static auto At(const float* entry) { return F::Load(entry); }
-  static auto Add(decltype(F::Set(0.0F)) a, decltype(F::Set(0.0F)) b) { return F::Add(a, b); }
-  template <bool kAdd>
-  void Put(decltype(F::Set(0.0F)) sum, float* to) const {
+  template <std::size_t kTables, bool kAdd, class Entry>
+  VQONNX_INLINE void Put(const Entry& at, float* to) const {
+    auto sum = at(0);
+    VQONNX_UNROLL
+    for (std::size_t t = 1; t < kTables; ++t) sum = F::Add(sum, at(t));
     F::Store(to, kAdd ? F::Add(F::Load(to), sum) : sum);
   }
   const float* entries;
@@ -182,17 +185,26 @@ struct ShortEntries {
     for (std::size_t i = 0; i < kVectors; ++i) units[i] = Wide::Load(s.units + i * Wide::kLanes);
   }
   static auto At(const std::int16_t* entry) { return Shorts::Load(entry); }
-  static auto Add(decltype(Shorts::Load(nullptr)) a, decltype(Shorts::Load(nullptr)) b) { return Shorts::Add(a, b); }
-  template <bool kAdd>
-  void Put(decltype(Shorts::Load(nullptr)) sum, float* to) const {
-    PutPart<kAdd, 0>(sum, to);
-    if constexpr (kVectors > 1) PutPart<kAdd, 1>(sum, to);
+  template <std::size_t kTables, bool kAdd, class Entry>
+  VQONNX_INLINE void Put(const Entry& at, float* to) const {
+    auto first = at(0);
+    if constexpr (kTables > 1) first = Shorts::Add(first, at(1));
+    auto second = first;  // used where there is a third table
+    if constexpr (kTables > 2) second = at(2);
+    if constexpr (kTables > 3) second = Shorts::Add(second, at(3));
+    PutPart<(kTables > 2), kAdd, 0>(first, second, to);
+    if constexpr (kVectors > 1) PutPart<(kTables > 2), kAdd, 1>(first, second, to);
   }
-  template <bool kAdd, std::size_t kPart>
-  void PutPart(decltype(Shorts::Load(nullptr)) sum, float* to) const {
-    const auto floats = Shorts::Floats<kPart>(sum);
+  template <bool kTwo, bool kAdd, std::size_t kPart, class Vector>
+  VQONNX_INLINE void PutPart(Vector first, Vector second, float* to) const {
+    auto sum = Wide::Set(0.0F);
+    if constexpr (kTwo) {
+      sum = Shorts::FloatsOfSum<kPart>(first, second);
+    } else {
+      sum = Shorts::Floats<kPart>(first);
+    }
     to += kPart * Wide::kLanes;
-    Wide::Store(to, kAdd ? Wide::MulAdd(floats, units[kPart], Wide::Load(to)) : Wide::Mul(floats, units[kPart]));
+    Wide::Store(to, kAdd ? Wide::MulAdd(sum, units[kPart], Wide::Load(to)) : Wide::Mul(sum, units[kPart]));
   }
   const std::int16_t* entries;
   decltype(Wide::Set(0.0F)) units[kVectors];
@@ -205,10 +217,6 @@ void SumEntriesOf(const SumEntries& s) {
   constexpr std::size_t kStripsAhead = 8;  // whose lines are fetched early: they are far apart
   const std::size_t pitch = s.pitch, strip_bytes = s.strip_bytes;
   const E kind(s);
-  const auto at = [&](std::size_t table, std::size_t byte) {
-    const auto* first = reinterpret_cast<const std::uint8_t*>(kind.entries + table * kTableWords * E::kLanes);
-    return kind.At(reinterpret_cast<const Value*>(first + byte));
-  };
   const std::uint8_t* codes[kTables];
   VQONNX_UNROLL
   for (std::size_t t = 0; t < kTables; ++t) codes[t] = s.codes[t];
@@ -224,10 +232,11 @@ void SumEntriesOf(const SumEntries& s) {
       for (std::size_t t = 0; t < kTables; ++t) eight[t] = LoadEight(codes[t] + r);
       VQONNX_UNROLL
       for (std::size_t i = 0; i < 8; ++i) {
-        auto sum = at(0, ByteTimes<kBytes>(eight[0], i));
-        VQONNX_UNROLL
-        for (std::size_t t = 1; t < kTables; ++t) sum = kind.Add(sum, at(t, ByteTimes<kBytes>(eight[t], i)));
-        kind.template Put<kAdd>(sum, sums + i * pitch);
+        const auto entry = [&](std::size_t t) {
+          const auto* table = reinterpret_cast<const std::uint8_t*>(kind.entries + t * kTableWords * E::kLanes);
+          return kind.At(reinterpret_cast<const Value*>(table + ByteTimes<kBytes>(eight[t], i)));
+        };
+        kind.template Put<kTables, kAdd>(entry, sums + i * pitch);
       }
     }
     VQONNX_UNROLL

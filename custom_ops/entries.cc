@@ -33,6 +33,7 @@ Entries::Entries(const Weight& weight, const std::uint8_t* codes, size_t taps, P
   if ((precision != Precision::kAuto && !any_error) || !MeasureWords()) return;
   if (any_error || ShortError(codes) <= kMostError) short_cost_ = Products(Entry::kShort);
   if (precision == Precision::kShorts) short_cost_ = 0.0;
+  if (short_cost_ < kInfinite && TakesShortBooks()) RoundWords();
 }
 
 // False: words are not such that there can be entries of 16 bits.
@@ -57,8 +58,30 @@ bool Entries::MeasureWords() {
   return most > kTinyWord * kTinyWord;
 }
 
-// The relative error of a layer that is to be expected of inputs that are alike: an entry is off by 0.29 of its unit,
-// which is that of several blocks of x together. It is compared with the entries of words as some of the rows use them.
+// Words in 16 bits, each stage with a scale of its own. Books end with room for as many words as are multiplied at
+// once.
+void Entries::RoundWords() {
+  constexpr size_t kMoreWords = 3;
+  const Coded& m = coded_;
+  const size_t even = Ceil(m.width, 2) * 2, stage_values = m.books * m.words * m.width;
+  for (size_t stage = 0; stage < m.stages; ++stage) {
+    const float* values = m.codebooks + stage * stage_values;
+    float most = static_cast<float>(kTinyWord);
+    for (size_t i = 0; i < stage_values; ++i) most = std::max(most, std::fabs(values[i]));
+    word_scales_.push_back(32767.0F / most);
+    for (size_t book = 0; book < m.books; ++book) {
+      std::vector<std::int16_t>& words = short_books_.emplace_back((m.words + kMoreWords) * even);
+      for (size_t i = 0; i < m.words * m.width; ++i) {
+        const float value = values[book * m.words * m.width + i] * word_scales_.back();
+        words[i / m.width * even + i % m.width] = static_cast<std::int16_t>(std::nearbyint(value));
+      }
+    }
+  }
+}
+
+// The relative error of a layer that is to be expected of inputs that are alike: an entry is off by 0.33 of its unit
+// (by 0.29 where x and words are not rounded themselves). A unit is that of two blocks of x together, which are
+// some 1.1 times as long as most. It is compared with the entries of words as some of the rows use them.
 double Entries::ShortError(const std::uint8_t* codes) const {
   constexpr size_t kSampledRows = 64;
   Coded m = coded_;
@@ -77,7 +100,7 @@ double Entries::ShortError(const std::uint8_t* codes) const {
     }
   }
   const double usual = std::sqrt(used / std::max(count, 1.0) / static_cast<double>(m.width));
-  return usual > 0.0 ? 0.29 * kMostEntryTables * std::sqrt(longest) / usual / double{kShortSum} : kInfinite;
+  return usual > 0.0 ? 0.33 * 2.2 * std::sqrt(longest) / usual / double{kShortSum} : kInfinite;
 }
 
 bool Entries::ShortsSuit(const float* x, size_t count) const {
@@ -96,12 +119,14 @@ bool Entries::Possible(const Weight& weight, size_t taps) {
 
 // For an input position: words for a table, and lookups of all taps.
 double Entries::Products(Entry entry) const {
-  // Products are counted in multiplications with a whole vector, of which a processor does two in a cycle; a lookup is
-  // a load, an addition, and a bit of reading codes and sums. How codes are stored is left out, so that the same
-  // kernels compute a layer by rows and in strips.
-  const double lookup = entry == Entry::kFloat ? 1.85 : 1.45, rounding = entry == Entry::kFloat ? 0.0 : 1.0;
+  // Products are counted in multiplications with a whole vector, of which a processor does two in
+  // a cycle; a lookup is a load, an addition, and a bit of reading codes and sums. How codes are
+  // stored is left out, so that the same kernels compute a layer by rows and in strips.
+  const bool is_float = entry == Entry::kFloat, by_pairs = !is_float && TakesShortBooks();
+  const double lookup = is_float ? 1.85 : 1.6, rounding = is_float ? 0.0 : by_pairs ? 0.4 : 1.0;
   const auto outputs = static_cast<double>(strips() * kStripRows), taps = static_cast<double>(taps_);
-  const auto words = static_cast<double>(coded_.words), width = static_cast<double>(coded_.width);
+  const auto words = static_cast<double>(coded_.words);
+  const double width = static_cast<double>(coded_.width) * (by_pairs ? 0.5 : 1.0);
   return static_cast<double>(coded_.stages * tap_blocks_) * (words * (width + rounding) + taps * outputs * lookup);
 }
 
@@ -140,11 +165,14 @@ Entries::Tables::Tables(const Entries& entries, Entry entry, size_t lanes, Scrat
 void Entries::Tables::Build(size_t stage, size_t block, size_t blocks, const float* x, size_t x_stride) {
   const Coded& m = entries_.coded_;
   const float* books[kMostEntryTables];
+  const std::int16_t* short_books[kMostEntryTables];
   float longest[kMostEntryTables];
+  const bool is_rounded = shorts_ != nullptr && !entries_.short_books_.empty();
   for (size_t i = 0; i < blocks; ++i) {
     const size_t book = stage * m.books + (block + i) % m.books;
     books[i] = m.codebooks + book * m.words * m.width;
     if (shorts_ != nullptr) longest[i] = entries_.longest_[book];
+    if (is_rounded) short_books[i] = entries_.short_books_[book].data();
   }
   count_ = blocks;
   entries_.kernels_->build_entries({.x = x,
@@ -158,7 +186,9 @@ void Entries::Tables::Build(size_t stage, size_t block, size_t blocks, const flo
                                     .entries = floats_,
                                     .shorts = shorts_,
                                     .longest = longest,
-                                    .units = units_});
+                                    .units = units_,
+                                    .short_books = is_rounded ? short_books : nullptr,
+                                    .word_scale = is_rounded ? entries_.word_scales_[stage] : 0.0F});
 }
 
 void Entries::Tables::Sum(const Lines& lines, size_t first, const Sums& sums) const {

@@ -84,8 +84,10 @@ class Entries {
 
  private:
   bool MeasureWords();
+  void RoundWords();
   double ShortError(const std::uint8_t* codes) const;
   double Products(Entry entry) const;
+  bool TakesShortBooks() const { return kernels_->takes_short_books && coded_.width <= kMostShortWidth; }
 
   const Kernels* kernels_;
   Coded coded_;  // without codes
@@ -94,6 +96,8 @@ class Entries {
   std::vector<double> squares_;      // of the length of each word [stages, books, words]
   std::vector<float> longest_;       // the greatest length of each book's words [stages, books]
   double float_cost_, short_cost_;
+  std::vector<std::vector<std::int16_t>> short_books_;  // [stages * books], for kernels that want them
+  std::vector<float> word_scales_;                      // [stages]
 };
 
 }  // namespace vqonnx

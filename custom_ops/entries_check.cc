@@ -51,7 +51,9 @@ struct Build {
             .entries = nullptr,
             .shorts = nullptr,
             .longest = nullptr,
-            .units = nullptr};
+            .units = nullptr,
+            .short_books = nullptr,
+            .word_scale = 0.0F};
   }
 
   size_t Cols(size_t table) const { return table + 1 < tables ? sample.width : cols; }
@@ -97,8 +99,9 @@ void CheckBuild(const Kernels& kernels, const Sample& sample, size_t lanes, Rand
   }
 }
 
-// Entries in 16 bits: units as they are defined, entries within half of one, and sums that cannot overflow.
-void CheckBuildShorts(const Kernels& kernels, const Sample& sample, Random& random) {
+// Entries in 16 bits: units as they are defined, entries within half of one (and what rounding x and words adds), and
+// sums that cannot overflow.
+void CheckBuildShorts(const Kernels& kernels, const Sample& sample, bool by_books, Random& random) {
   const size_t lanes = kernels.short_lanes;
   Build build(sample, lanes, random);
   for (float& value : build.x) value = Value(random, false);
@@ -107,16 +110,32 @@ void CheckBuildShorts(const Kernels& kernels, const Sample& sample, Random& rand
     const size_t lane = Pick(random, 0, lanes - 1);
     for (size_t i = lane; i < build.x.size(); i += build.stride) build.x[i] = sample.seed % 8 == 0 ? 0.0F : 1e-30F;
   }
-  std::vector<double> lengths(build.tables, 0.0);
   std::vector<float> longest(build.tables);
+  double most_word = 1e-10;
   for (size_t t = 0; t < build.tables; ++t) {
+    double length = 0.0;
     for (size_t word = 0; word < sample.words; ++word) {
       double square = 0.0;
-      for (size_t k = 0; k < sample.width; ++k) square += std::pow(double{build.books[t][word * sample.width + k]}, 2);
-      if (!(square < 1e20)) return;  // such words have no shorts
-      lengths[t] = std::max(lengths[t], std::sqrt(square));
+      for (size_t k = 0; k < sample.width; ++k) {
+        const double value = std::fabs(build.books[t][word * sample.width + k]);
+        if (!(value < 1e10)) return;  // such words have no shorts
+        square += value * value;
+        most_word = std::max(most_word, value);
+      }
+      length = std::max(length, std::sqrt(square));
     }
-    longest[t] = static_cast<float>(std::max(lengths[t] * 1.0001, 1e-10));
+    longest[t] = static_cast<float>(std::max(length * 1.0001, 1e-10));
+  }
+  const float word_scale = 32767.0F / static_cast<float>(most_word);
+  const size_t even = (sample.width + 1) / 2 * 2;
+  std::vector<std::vector<std::int16_t>> words(build.tables, std::vector<std::int16_t>((sample.words + 3) * even));
+  std::vector<const std::int16_t*> short_books;
+  for (size_t t = 0; t < build.tables; ++t) {
+    for (size_t i = 0; i < sample.words * sample.width; ++i) {
+      const float value = std::nearbyint(build.books[t][i] * word_scale);
+      words[t][i / sample.width * even + i % sample.width] = static_cast<std::int16_t>(value);
+    }
+    short_books.push_back(words[t].data());
   }
   // Shorts between guards, units as well.
   Guarded out(build.tables * kTableWords * lanes / 2 + 1, sample.seed % 5), units(lanes, sample.seed % 3);
@@ -125,32 +144,47 @@ void CheckBuildShorts(const Kernels& kernels, const Sample& sample, Random& rand
   view.shorts = shorts;
   view.longest = longest.data();
   view.units = units.data();
+  if (by_books) view.short_books = short_books.data();
+  view.word_scale = word_scale;
   kernels.build_entries(view);
   if (!out.Intact() || !units.Intact()) return Fail(kernels, sample, "build_entries writes beside its shorts");
   for (size_t lane = 0; lane < lanes; ++lane) {
-    double unit = 0.0, most = 0.0;
+    double unit = 0.0, most_x = 0.0, two[kMostEntryTables / 2] = {};
     for (size_t t = 0; t < build.tables; ++t) {
       double square = 0.0;
       for (size_t k = 0; k < build.Cols(t); ++k) {
-        square += std::pow(double{build.x[(t * sample.width + k) * build.stride + lane]}, 2);
+        const double value = std::fabs(build.x[(t * sample.width + k) * build.stride + lane]);
+        square += value * value;
+        most_x = std::max(most_x, value);
       }
-      unit += std::max(std::sqrt(square), double{kShortInput}) * longest[t] / double{kShortSum};
+      two[t / 2] += std::max(std::sqrt(square), double{kShortInput}) * longest[t] / double{kShortSum};
+      unit = std::max(unit, two[t / 2]);
     }
-    const double got_unit = units.data()[lane];
-    if (!(std::fabs(got_unit - unit) <= 1e-5 * unit)) return Fail(kernels, sample, "build_entries has a wrong unit");
+    if (by_books) unit = std::max(unit, 2.001 * most_x / word_scale);
+    if (!(std::fabs(double{units.data()[lane]} - unit) <= 1e-5 * unit)) {
+      return Fail(kernels, sample, "build_entries has a wrong unit");
+    }
+    double most[kMostEntryTables / 2] = {};
     for (size_t t = 0; t < build.tables; ++t) {
       double largest = 0.0;
       for (size_t word = 0; word < sample.words; ++word) {
         const double got = shorts[(t * kTableWords + word) * lanes + lane];
         const auto [want, scale] = build.At(t, word, lane);
-        if (!(std::fabs(got - want / unit) <= 0.5 + 1e-5 * scale / unit)) {
+        double bound = 0.5 + 1e-5 * scale / unit;
+        for (size_t k = 0; by_books && k < build.Cols(t); ++k) {
+          const double x_scale = 65536.0 / word_scale / unit;
+          const double x = std::fabs(build.x[(t * sample.width + k) * build.stride + lane]) * x_scale;
+          const double its = std::fabs(build.books[t][word * sample.width + k]) * word_scale;
+          bound += (0.51 * x + 0.51 * its + 0.5) / 65536.0;
+        }
+        if (!(std::fabs(got - want / unit) <= bound)) {
           return Fail(kernels, sample, "build_entries has a wrong short at word " + std::to_string(word));
         }
         largest = std::max(largest, std::fabs(got));
       }
-      most += largest;
+      most[t / 2] += largest;
     }
-    if (most > 32767.0) return Fail(kernels, sample, "sums of shorts may overflow");
+    if (std::max(most[0], most[1]) > 32767.0) return Fail(kernels, sample, "sums of shorts may overflow");
   }
 }
 
@@ -222,11 +256,11 @@ void CheckSum(const Kernels& kernels, const Sample& sample, size_t lanes, Random
   CompareSums(kernels, sample, codes, sum, value, random);
 }
 
-// Sums of shorts are exact, whatever those on the way are.
+// Sums of shorts are exact, of two in 16 bits.
 void CheckSumShorts(const Kernels& kernels, const Sample& sample, Random& random) {
   const LinesOfCodes codes(random);
   const size_t lanes = kernels.short_lanes;
-  const auto most = static_cast<size_t>(32767 / codes.tables);
+  const size_t most = codes.tables == 1 ? 32767 : 16383;
   std::vector<std::int16_t> shorts(codes.tables * kTableWords * lanes);
   for (std::int16_t& entry : shorts) {
     const auto size = static_cast<int>(Pick(random, 0, 3) != 0 ? Pick(random, 0, most) : most);
@@ -287,7 +321,8 @@ void CheckEntries(const Kernels& kernels, unsigned seed) {
   if (sample.bits > 8) return;
   CheckLines(kernels, sample, random);
   for (const size_t lanes : {kernels.row_lanes, kernels.few_row_lanes}) CheckBuild(kernels, sample, lanes, random);
-  CheckBuildShorts(kernels, sample, random);
+  CheckBuildShorts(kernels, sample, false, random);
+  if (kernels.takes_short_books && sample.width <= kMostShortWidth) CheckBuildShorts(kernels, sample, true, random);
 }
 
 }  // namespace vqonnx::check

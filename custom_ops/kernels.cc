@@ -53,6 +53,10 @@ struct Shorts {
   static float Floats(std::int16_t a) {
     return a;
   }
+  template <std::size_t>
+  static float FloatsOfSum(std::int16_t a, std::int16_t b) {
+    return static_cast<float>(a + b);
+  }
   static void StoreNearest(std::int16_t* p, float a) {
     *p = static_cast<std::int16_t>(std::clamp(std::nearbyint(a), -32768.0F, 32767.0F));
   }
@@ -203,6 +207,7 @@ const Kernels kPortable = {.name = "portable",
                            .short_lanes = Shorts::kLanes,
                            .code_lines = CodeLines,
                            .build_entries = BuildEntry,
+                           .takes_short_books = false,
                            .sum_entries = SumEntry,
                            .tile_lanes = kTileLanes,
                            .tile_count = kTileCount,

@@ -150,9 +150,11 @@ struct SumTables {
 
 // Products by tables of entries: what one word of a codebook yields with `lanes` rows of x, one after the other:
 // floats, of Kernels::row_lanes or few_row_lanes rows, or integers of 16 bits, of Kernels::short_lanes, each row in
-// units of its own, so large that the sum of one entry of each table does not overflow.
+// units of its own, so large that the sum of two entries does not overflow, of the first and second table or the third
+// and fourth.
 constexpr std::size_t kMostEntryTables = 4;  // whose entries are added up at once: as many as stay near
 constexpr float kShortSum = 32700.0F;        // what such a sum may be, with some room for rounding
+constexpr std::size_t kMostShortWidth = 16;  // of words in 16 bits, whose rounding uses some of that room
 constexpr float kShortInput = 1e-19F;        // a block of x that is shorter is taken for as long
 struct BuildEntries {
   const float* x;  // [tables * width][lanes], x_stride apart
@@ -165,7 +167,13 @@ struct BuildEntries {
   float* entries;        // [tables][kTableWords][lanes]; or null:
   std::int16_t* shorts;  // the same, the nearest integers to products / units
   const float* longest;  // of each table: the length of its longest word, or more; positive
-  float* units;          // [lanes]: longest / kShortSum times the length of the block of x, summed over the tables
+  // [lanes]: longest / kShortSum times the length of the block of x, summed over two tables; the larger such sum.
+  float* units;
+  // Or null; else words in 16 bits, which some kernels multiply in the place of `books`: for each table
+  // [words][pairs of columns][2], the nearest integers to words * word_scale, and readable words up to a multiple of 4.
+  // Then x is rounded as well, and units are not below that of 2.001 times the largest magnitude of x / word_scale.
+  const std::int16_t* const* short_books;
+  float word_scale;
 };
 
 struct SumEntries {
@@ -238,6 +246,7 @@ struct Kernels {
   void (*code_lines)(const Coded& matrix, std::size_t stage, std::size_t row, std::size_t group, std::size_t count,
                      std::uint8_t* out);
   void (*build_entries)(const BuildEntries& build);
+  bool takes_short_books;  // of words of up to kMostShortWidth values
   void (*sum_entries)(const SumEntries& sum);
 
   // A tile of sums. In `windows` the vectors are outputs and lie one after the other; the scalars are positions:

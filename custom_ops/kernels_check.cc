@@ -41,6 +41,7 @@ int main(int argc, char** argv) {
   if (argc > 1 && std::strcmp(argv[1], "--bench") == 0) {
     Bench(tables);
     BenchLayers(tables);
+    BenchTables(tables);
     return 0;
   }
   const unsigned seeds = argc > 1 ? static_cast<unsigned>(std::atoi(argv[1])) : 500;

@@ -50,7 +50,7 @@ class Matrix {
   void Run(const Call& call, std::size_t rows, const Tasks& tasks) const;
 
  private:
-  // Counted in products of two numbers.
+  // Counted in products of two numbers, like all costs.
   double ExactProducts(std::size_t rows) const;
   double EntriesProducts(Entry entry, std::size_t rows) const;
   bool ByTables(std::size_t rows) const;
@@ -109,7 +109,8 @@ class Conv {
   // False: it does not pay, and the output is still to be computed.
   bool RunEntries(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
   Line LineOf(Entry entry, std::span<const std::int64_t> image, const Grid& grid) const;
-  double OneTapProducts(Entry entry, const Grid& grid) const;
+  bool IsOneTap() const { return entries_->taps() == 1 && !window_.is_padded(); }
+  double EntriesProducts(Entry entry, std::span<const std::int64_t> image, const Grid& grid) const;
   void RunLine(const Call& call, std::span<const std::int64_t> image, const Line& line, const Tasks& tasks) const;
   void RunOneTap(const Call& call, Entry entry, std::span<const std::int64_t> image, const Grid& grid,
                  const Tasks& tasks) const;
@@ -120,6 +121,7 @@ class Conv {
   bool HasTapsOutside() const;
   void PlanEntries(const std::uint8_t* codes, Precision precision);
   void PlanLookup(const std::uint8_t* codes, Precision precision);
+  bool ByTables(std::span<const std::int64_t> image, const Grid& grid) const;
   void RunExact(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
   // False: the inputs do not suit lookups, and the output is still to be computed.
   bool RunLookup(const Call& call, std::span<const std::int64_t> image, const Grid& grid, const Tasks& tasks) const;
@@ -135,6 +137,7 @@ class Conv {
   bool is_depthwise_ = false;              // and its taps are in order
   std::optional<Entries> entries_;
   std::optional<Lookup> lookup_;
+  double lookup_products_ = 0.0;                            // for an output position, about
   std::vector<std::array<std::size_t, 2>> tap_remainders_;  // of each tap class: those of its taps' rows and columns
   std::vector<std::array<std::size_t, 2>> set_steps_;  // of each set's tap: outputs that it lies behind the first tap
 };

@@ -61,6 +61,11 @@ struct Shorts {
   static float32x4_t Floats(int16x8_t a) {
     return vcvtq_f32_s32(vmovl_s16(kPart == 0 ? vget_low_s16(a) : vget_high_s16(a)));
   }
+  template <std::size_t kPart>
+  static float32x4_t FloatsOfSum(int16x8_t a, int16x8_t b) {
+    return vcvtq_f32_s32(kPart == 0 ? vaddl_s16(vget_low_s16(a), vget_low_s16(b))
+                                    : vaddl_s16(vget_high_s16(a), vget_high_s16(b)));
+  }
   static void StoreNearest(std::int16_t* p, float32x4_t a) { vst1_s16(p, vqmovn_s32(vcvtnq_s32_f32(a))); }
 };
 
@@ -173,6 +178,7 @@ const Kernels kNeon = {.name = "neon",
                        .short_lanes = Shorts::kLanes,
                        .code_lines = CodeLines,
                        .build_entries = BuildEntry,
+                       .takes_short_books = false,
                        .sum_entries = SumEntry,
                        .tile_lanes = kTileLanes,
                        .tile_count = kTileCount,

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 from fused import F32, Layer, conv, matrix, open_session
 from numpy.typing import NDArray
-from test_fused_library import EXACT, bias, feeds
+from test_fused_library import EXACT, FAST, bias, feeds
 from test_library import ISAS, random_form
 
 from vqonnx.runtime import get_library_path
@@ -28,16 +28,20 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-def differs(layer: Layer, shape: tuple[int, ...]) -> float:
+BOUNDS = {"exact": EXACT, "fast": FAST}
+
+
+def differs(layer: Layer, shape: tuple[int, ...], precision: str) -> float:
     """The relative error against standard operators; the same on one and more threads."""
     x = np.random.default_rng(8).standard_normal(shape).astype(F32)
     want = open_session(layer.plain()).run(None, feeds(layer, x))[0]
-    model = layer.fused(precision="exact")
+    model = layer.fused(precision=precision)
     got, again = (open_session(model, threads).run(None, feeds(layer, x))[0] for threads in (1, 3))
     np.testing.assert_array_equal(got, again)
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
+@pytest.mark.parametrize("precision", BOUNDS)
 @pytest.mark.parametrize("rows", [2, 3, 8, 17, 70])
 @pytest.mark.parametrize(
     ("outputs", "width", "words", "stages", "books", "strips"),
@@ -51,11 +55,11 @@ def differs(layer: Layer, shape: tuple[int, ...]) -> float:
     ],
 )
 def test_matrices(
-    outputs: int, width: int, words: int, stages: int, books: int, strips: bool, rows: int, isa: str
+    outputs: int, width: int, words: int, stages: int, books: int, strips: bool, rows: int, precision: str, isa: str
 ) -> None:
     form = random_form(rows, rows=outputs, cols=1101, width=width, words=words, stages=stages, books=books)
     layer = matrix(form, op="GemmRelu", trans=1, bias=bias(outputs))
-    assert differs(replace(layer, strips=strips), (rows, 1101)) <= EXACT, isa
+    assert differs(replace(layer, strips=strips), (rows, 1101), precision) <= BOUNDS[precision], isa
 
 
 @pytest.mark.parametrize(
@@ -71,15 +75,43 @@ def test_matrices(
     ],
 )
 @pytest.mark.parametrize("op", ["Conv", "ConvAddRelu", "ConvSilu"])
+@pytest.mark.parametrize("precision", BOUNDS)
 def test_convolutions(
-    weight: tuple[int, ...], options: dict[str, object], shape: tuple[int, ...], op: str, isa: str
+    weight: tuple[int, ...], options: dict[str, object], shape: tuple[int, ...], op: str, precision: str, isa: str
 ) -> None:
     taps = int(np.prod(weight[2:]))
     stages = 1 + (taps == 1)
     form = random_form(taps, rows=weight[0], cols=weight[1] * taps, width=8, words=64 // stages, stages=stages)
     layer = conv(form, weight, op=op, order="hwi", bias=bias(weight[0]), **options)  # type: ignore[arg-type]
-    assert differs(replace(layer, strips=weight[0] % 64 == 0), shape) <= EXACT, isa
-    assert differs(layer, shape) <= EXACT, isa
+    assert differs(replace(layer, strips=weight[0] % 64 == 0), shape, precision) <= BOUNDS[precision], isa
+    assert differs(layer, shape, precision) <= BOUNDS[precision], isa
+
+
+@pytest.mark.parametrize("width", [8, 40])
+def test_entries_are_rounded_where_that_loses_little(width: int, isa: str) -> None:
+    layer = matrix(random_form(5, rows=4096, cols=960, width=width, words=200), op="Gemm", trans=1, bias=bias(4096))
+    assert EXACT < differs(layer, (32, 960), "fast") <= 2 * FAST, isa
+    rounded = EXACT < differs(layer, (32, 960), "auto") <= FAST
+    assert rounded == (width == 8 or isa == "avx512vbmi"), isa  # which has tables of products, of half the error
+
+
+def test_rows_are_rounded_each_in_units_of_its_own(isa: str) -> None:
+    layer = matrix(random_form(5, rows=4096, cols=96, width=8, words=200), op="Gemm", trans=1, bias=np.zeros(4096, F32))
+    x = np.random.default_rng(1).standard_normal((33, 96)).astype(F32) * np.logspace(-9, 9, 33, dtype=F32)[:, None]
+    want = open_session(layer.plain()).run(None, {"X": x})[0]
+    got = open_session(layer.fused(precision="fast")).run(None, {"X": x})[0]
+    for row in range(33):
+        assert np.linalg.norm(got[row] - want[row]) <= FAST * np.linalg.norm(want[row]), (row, isa)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e20])
+def test_inputs_that_cannot_be_rounded_are_computed_exactly(value: float, isa: str) -> None:
+    layer = matrix(random_form(5, rows=4096, cols=96, width=8, words=200), op="Gemm", trans=1, bias=bias(4096))
+    x = np.random.default_rng(1).standard_normal((32, 96)).astype(F32)
+    fast, exact = (open_session(layer.fused(precision=precision)) for precision in ("fast", "exact"))
+    assert (fast.run(None, {"X": x})[0] != exact.run(None, {"X": x})[0]).any(), isa
+    x[7, 5] = value
+    np.testing.assert_array_equal(fast.run(None, {"X": x})[0], exact.run(None, {"X": x})[0])
 
 
 def test_what_is_no_number_stays_in_its_row(isa: str) -> None:
