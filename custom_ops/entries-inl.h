@@ -222,6 +222,8 @@ void SumEntriesOf(const SumEntries& s) {
   for (std::size_t t = 0; t < kTables; ++t) codes[t] = s.codes[t];
   float* sums = s.sums;
   for (std::size_t strip = 0; strip < s.strips; ++strip) {
+    VQONNX_UNROLL
+    for (std::size_t t = 0; t < kTables; ++t) VQONNX_FETCH_LATER(codes[t] + kTables * kStripRows);  // the next tables'
     if (strip + kStripsAhead < s.strips) {
       VQONNX_UNROLL
       for (std::size_t t = 0; t < kTables; ++t) VQONNX_FETCH(codes[t] + kStripsAhead * strip_bytes);

@@ -9,15 +9,18 @@
 #include <cstdint>
 
 // In front of loops over registers, which must not be loops, and of functions that take or return many registers.
-// VQONNX_FETCH brings a cache line near that is needed soon, if there is such a line.
+// VQONNX_FETCH brings a cache line near that is needed soon, VQONNX_FETCH_LATER less near one that is needed later, if
+// there are such lines.
 #if defined(__GNUC__)
 #define VQONNX_UNROLL _Pragma("GCC unroll 32")
 #define VQONNX_INLINE inline __attribute__((always_inline))
 #define VQONNX_FETCH(p) __builtin_prefetch(p)
+#define VQONNX_FETCH_LATER(p) __builtin_prefetch(p, 0, 2)
 #else
 #define VQONNX_UNROLL
 #define VQONNX_INLINE __forceinline
 #define VQONNX_FETCH(p) ((void)0)
+#define VQONNX_FETCH_LATER(p) ((void)0)
 #endif
 
 namespace vqonnx {

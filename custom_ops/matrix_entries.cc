@@ -10,7 +10,7 @@ namespace {
 
 using std::size_t;
 
-constexpr size_t kTasks = 8;           // at least, so that there is something for each thread
+constexpr size_t kTasks = 4;           // at least, so that there is something for each thread
 constexpr size_t kPieceStrips = 64;    // of outputs, whose sums stay near
 constexpr size_t kNearFloats = 65536;  // of sums, for which codes are brought in order once
 constexpr size_t kFinishStrips = 16;

@@ -4,11 +4,16 @@
 #include <functional>
 
 #include "check.h"
+#include "scratch.h"
 
 namespace vqonnx::check {
 namespace {
 
 constexpr size_t kWidth = 8, kBlocks = 32, kStrips = 64;
+
+// Aligned as what layers use.
+template <class T>
+using Lines = std::vector<T, OnLine<T>>;
 
 // The least nanoseconds of a call.
 double Time(const std::function<void()>& call) {
@@ -27,7 +32,7 @@ struct Codes {
   explicit Codes(Random& random) : bytes(kStrips * kBlocks * kStripRows) {
     for (std::uint8_t& code : bytes) code = static_cast<std::uint8_t>(Pick(random, 0, kTableWords - 1));
   }
-  std::vector<std::uint8_t> bytes;
+  Lines<std::uint8_t> bytes;
 };
 
 void Print(const Kernels& kernels, const char* what, size_t rows, double table, double lookups) {
@@ -35,10 +40,10 @@ void Print(const Kernels& kernels, const char* what, size_t rows, double table, 
 }
 
 void BenchProducts(const Kernels& kernels, const Codes& codes) {
-  std::vector<std::int16_t> x(kBlocks * kWidth, 100), words(kTableWords * kWidth, 100);
+  Lines<std::int16_t> x(kBlocks * kWidth, 100), words(kTableWords * kWidth, 100);
   const std::vector<const std::int16_t*> books(kBlocks, words.data());
-  std::vector<std::uint8_t> tables(kBlocks * kTableBytes);
-  std::vector<float> sums(kMostSets * kSetRows);
+  Lines<std::uint8_t> tables(kBlocks * kTableBytes);
+  Lines<float> sums(kMostSets * kSetRows);
   const std::uint8_t* strips[kMostSets];
   float* its_sums[kMostSets];
   for (size_t i = 0; i < kMostSets; ++i) {
@@ -65,8 +70,8 @@ void BenchEntries(const Kernels& kernels, const Codes& codes, bool is_short, Ran
   const size_t lanes = is_short ? kernels.short_lanes : kernels.row_lanes;
   const std::vector<float> x = Values(random, kMostEntryTables * kWidth * lanes, false),
                            words = Values(random, kTableWords * kWidth, false);
-  std::vector<float> entries(kMostEntryTables * kTableWords * lanes), units(lanes), sums(kStrips * kStripRows * lanes);
-  std::vector<std::int16_t> shorts(entries.size());
+  Lines<float> entries(kMostEntryTables * kTableWords * lanes), units(lanes), sums(kStrips * kStripRows * lanes);
+  Lines<std::int16_t> shorts(entries.size());
   const float* books[kMostEntryTables];
   const std::uint8_t* lines[kMostEntryTables];
   float longest[kMostEntryTables];
