@@ -54,26 +54,28 @@ struct Wide {
 };
 using Middle = Wide;
 
+// Lanes in an order of their own: unpacking those of two vectors yields pairs of eight lanes, in order.
 struct Shorts {
   static constexpr std::size_t kLanes = 16;
   static __m256i Load(const std::int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static __m256i Add(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
   template <std::size_t kPart>
   static __m256 Floats(__m256i a) {
-    return _mm256_cvtepi32_ps(Ints<kPart>(a));
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(Pairs<kPart>(a, a), 16));
   }
   template <std::size_t kPart>
   static __m256 FloatsOfSum(__m256i a, __m256i b) {
-    return _mm256_cvtepi32_ps(_mm256_add_epi32(Ints<kPart>(a), Ints<kPart>(b)));
+    return _mm256_cvtepi32_ps(_mm256_madd_epi16(Pairs<kPart>(a, b), _mm256_set1_epi16(1)));
   }
   template <std::size_t kPart>
-  static __m256i Ints(__m256i a) {
-    return _mm256_cvtepi16_epi32(_mm256_extracti128_si256(a, kPart));
+  static __m256i Pairs(__m256i a, __m256i b) {
+    return kPart == 0 ? _mm256_unpacklo_epi16(a, b) : _mm256_unpackhi_epi16(a, b);
   }
-  static void StoreNearest(std::int16_t* p, __m256 a) {
+  static void StoreNearest(std::int16_t* p, std::size_t part, __m256 a) {
     const __m256i nearest = _mm256_cvtps_epi32(a);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     _mm_packs_epi32(_mm256_castsi256_si128(nearest), _mm256_extracti128_si256(nearest, 1)));
+    const __m128i all = _mm_packs_epi32(_mm256_castsi256_si128(nearest), _mm256_extracti128_si256(nearest, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p + 4 * part), all);
+    _mm_storeh_pd(reinterpret_cast<double*>(p + 8 + 4 * part), _mm_castsi128_pd(all));
   }
 };
 

@@ -43,12 +43,15 @@ struct FloatTable {
   float* entries;
 };
 
-// Entries in 16 bits: x is divided by the units first. Of the vectors of floats that a word has, one.
+// Entries in 16 bits: x is divided by the units first. Of the vectors of floats that a word has, one: the part.
 struct ShortTable {
   using Vector = decltype(Wide::Set(0.0F));
   Vector Take(Vector x) const { return Wide::Mul(x, one_over_units); }
-  void Put(std::size_t word, Vector product) const { Shorts::StoreNearest(entries + word * Shorts::kLanes, product); }
+  void Put(std::size_t word, Vector product) const {
+    Shorts::StoreNearest(entries + word * Shorts::kLanes, part, product);
+  }
   std::int16_t* entries;
+  std::size_t part;
   Vector one_over_units;
 };
 
@@ -124,25 +127,26 @@ void BuildFloats(const BuildEntries& b) {
 }
 
 void BuildShorts(const BuildEntries& b) {
-  for (std::size_t part = 0; part < Shorts::kLanes; part += Wide::kLanes) {
+  for (std::size_t part = 0; part < Shorts::kLanes / Wide::kLanes; ++part) {
+    const std::size_t lane = part * Wide::kLanes;
     auto units = Wide::Set(0.0F), before = units;  // of the first table of two
     for (std::size_t t = 0; t < b.tables; ++t) {
       const BookAndBlock block = BlockOf(b, t);
       auto square = Wide::Set(0.0F);
       for (std::size_t k = 0; k < block.cols; ++k) {
-        const auto value = Wide::Load(block.x + k * block.x_stride + part);
+        const auto value = Wide::Load(block.x + k * block.x_stride + lane);
         square = Wide::MulAdd(value, value, square);
       }
       const auto length = Wide::Max(Wide::Sqrt(square), Wide::Set(kShortInput));
       before = Wide::MulAdd(length, Wide::Set(b.longest[t] / kShortSum), t % 2 == 0 ? Wide::Set(0.0F) : before);
       units = Wide::Max(units, before);
     }
-    Wide::Store(b.units + part, units);
+    Wide::Store(b.units + lane, units);
     const auto one_over_units = Wide::Div(Wide::Set(1.0F), units);
     for (std::size_t t = 0; t < b.tables; ++t) {
       BookAndBlock block = BlockOf(b, t);
-      block.x += part;
-      BuildOneTable<Wide>(block, ShortTable{b.shorts + t * kTableWords * Shorts::kLanes + part, one_over_units});
+      block.x += lane;
+      BuildOneTable<Wide>(block, ShortTable{b.shorts + t * kTableWords * Shorts::kLanes, part, one_over_units});
     }
   }
 }

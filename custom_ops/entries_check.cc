@@ -99,6 +99,28 @@ void CheckBuild(const Kernels& kernels, const Sample& sample, size_t lanes, Rand
   }
 }
 
+// What a table of entries in 16 bits has, [words][lanes]: its sums for all words in units of 1. The lanes of an entry
+// are in an order of the kernels' own.
+std::vector<float> ReadShorts(const Kernels& kernels, const std::int16_t* table) {
+  std::vector<std::uint8_t> words(kTableWords);
+  for (size_t i = 0; i < kTableWords; ++i) words[i] = static_cast<std::uint8_t>(i);
+  const std::uint8_t* lines[] = {words.data()};
+  const std::vector<float> units(kernels.short_lanes, 1.0F);
+  std::vector<float> sums(kTableWords * kernels.short_lanes);
+  kernels.sum_entries({.codes = lines,
+                       .strips = kTableWords / kStripRows,
+                       .strip_bytes = kStripRows,
+                       .entries = nullptr,
+                       .shorts = table,
+                       .units = units.data(),
+                       .tables = 1,
+                       .lanes = kernels.short_lanes,
+                       .sums = sums.data(),
+                       .pitch = kernels.short_lanes,
+                       .add = false});
+  return sums;
+}
+
 // Entries in 16 bits: units as they are defined, entries within half of one (and what rounding x and words adds), and
 // sums that cannot overflow.
 void CheckBuildShorts(const Kernels& kernels, const Sample& sample, bool by_books, Random& random) {
@@ -148,6 +170,10 @@ void CheckBuildShorts(const Kernels& kernels, const Sample& sample, bool by_book
   view.word_scale = word_scale;
   kernels.build_entries(view);
   if (!out.Intact() || !units.Intact()) return Fail(kernels, sample, "build_entries writes beside its shorts");
+  std::vector<std::vector<float>> entries;
+  for (size_t t = 0; t < build.tables; ++t) {
+    entries.push_back(ReadShorts(kernels, shorts + t * kTableWords * lanes));
+  }
   for (size_t lane = 0; lane < lanes; ++lane) {
     double unit = 0.0, most_x = 0.0, two[kMostEntryTables / 2] = {};
     for (size_t t = 0; t < build.tables; ++t) {
@@ -168,7 +194,7 @@ void CheckBuildShorts(const Kernels& kernels, const Sample& sample, bool by_book
     for (size_t t = 0; t < build.tables; ++t) {
       double largest = 0.0;
       for (size_t word = 0; word < sample.words; ++word) {
-        const double got = shorts[(t * kTableWords + word) * lanes + lane];
+        const double got = entries[t][word * lanes + lane];
         const auto [want, scale] = build.At(t, word, lane);
         double bound = 0.5 + 1e-5 * scale / unit;
         for (size_t k = 0; by_books && k < build.Cols(t); ++k) {
@@ -266,6 +292,10 @@ void CheckSumShorts(const Kernels& kernels, const Sample& sample, Random& random
     const auto size = static_cast<int>(Pick(random, 0, 3) != 0 ? Pick(random, 0, most) : most);
     entry = static_cast<std::int16_t>(Pick(random, 0, 1) != 0 ? size : -size);
   }
+  std::vector<std::vector<float>> entries;
+  for (size_t t = 0; t < codes.tables; ++t) {
+    entries.push_back(ReadShorts(kernels, shorts.data() + t * kTableWords * lanes));
+  }
   std::vector<float> units(lanes);
   for (float& unit : units) unit = std::fabs(Value(random, false)) * 1e-3F;
   SumEntries sum = {};
@@ -273,8 +303,8 @@ void CheckSumShorts(const Kernels& kernels, const Sample& sample, Random& random
   sum.units = units.data();
   sum.lanes = lanes;
   const auto value = [&](size_t output, size_t lane, const float* before) {
-    int its = 0;
-    for (size_t t = 0; t < codes.tables; ++t) its += shorts[(t * kTableWords + codes.At(t, output)) * lanes + lane];
+    double its = 0.0;
+    for (size_t t = 0; t < codes.tables; ++t) its += double{entries[t][codes.At(t, output) * lanes + lane]};
     return static_cast<float>(double{units[lane]} * its + (before != nullptr ? double{*before} : 0.0));
   };
   CompareSums(kernels, sample, codes, sum, value, random);

@@ -168,7 +168,7 @@ struct BuildEntries {
   std::size_t cols;  // of the last table; the others have `width`
   std::size_t lanes;
   float* entries;        // [tables][kTableWords][lanes]; or null:
-  std::int16_t* shorts;  // the same, the nearest integers to products / units
+  std::int16_t* shorts;  // the same, the nearest integers to products / units, of an entry's rows in any order
   const float* longest;  // of each table: the length of its longest word, or more; positive
   // [lanes]: longest / kShortSum times the length of the block of x, summed over two tables; the larger such sum.
   float* units;

@@ -291,19 +291,33 @@ const std::uint8_t* Lookup::Strip(const std::uint8_t* stored, size_t stage, size
   return stored + (stage * (outputs_ / kSetRows) + sets_[set].output / kSetRows) * strip_bytes_;
 }
 
+size_t Lookup::Line(size_t set, size_t block) const {
+  return (sets_[set].tap * tap_blocks_ + block) * bits_ / kOctet * kSetRows;
+}
+
+void Lookup::Fetch(const Chunk& chunk, size_t tile) const {
+  if (strip_bytes_ == 0) return;
+  for (size_t stage = 0; stage < stages_; ++stage) {
+    for (size_t set = tiles_[tile].first_set; set < tiles_[tile].first_set + tiles_[tile].sets; ++set) {
+      const std::uint8_t* strip = Strip(chunk.codes, stage, set);
+      const size_t end = Line(set, chunk.first_block + chunk.blocks);
+      for (size_t place = Line(set, chunk.first_block); place < end; place += kSetRows) {
+        VQONNX_FETCH_LATER(strip + place);
+      }
+    }
+  }
+}
+
 void Lookup::SumStrips(const Chunk& chunk, size_t tile, const std::uint8_t* tables, float factor, float* const* sums,
                        bool add, const Next& next) const {
   const Tile& its = tiles_[tile];
-  const auto line = [&](size_t set, size_t block) {  // within its strip
-    return (sets_[set].tap * tap_blocks_ + block) * bits_ / kOctet * kSetRows;
-  };
   alignas(64) std::uint8_t unpacked[kMostSets][kTableBlocks / 2 * kSetRows];
   for (size_t stage = 0; stage < stages_; ++stage) {
     const std::uint8_t *strips[kMostSets], *later[kMostSets];
     for (size_t i = 0; i < its.sets; ++i) {
       const size_t set = its.first_set + i, next_set = (tiles_[next.tile].first_set + i) % sets_.size();
-      later[i] = Strip(chunk.codes, stage, next_set) + line(next_set, next.first_block);
-      strips[i] = Strip(chunk.codes, stage, set) + line(set, chunk.first_block);
+      later[i] = Strip(chunk.codes, stage, next_set) + Line(next_set, next.first_block);
+      strips[i] = Strip(chunk.codes, stage, set) + Line(set, chunk.first_block);
       if (bits_ == kOctet) continue;
       kernels_->unpack_strip(Strip(chunk.codes, stage, set), strip_bytes_ / kSetRows, bits_,
                              sets_[set].tap * tap_blocks_ + chunk.first_block, chunk.blocks, unpacked[i]);

@@ -69,6 +69,9 @@ class Lookup {
   };
   void Sum(const Chunk& chunk, std::size_t tile, const std::uint8_t* tables, float factor, float* const* sums, bool add,
            const Next& next) const;
+  // Fetches the codes of such a call early, if they are in strips.
+  void Fetch(const Chunk& chunk, std::size_t tile) const;
+
   // The same inputs of the next tile; after the last one, the next inputs.
   Next NextTile(const Chunk& chunk, std::size_t tile) const {
     if (tile + 1 < tiles_.size()) return {tile + 1, chunk.first_block};
@@ -116,6 +119,7 @@ class Lookup {
   void SumStrips(const Chunk& chunk, std::size_t tile, const std::uint8_t* tables, float factor, float* const* sums,
                  bool add, const Next& next) const;
   const std::uint8_t* Strip(const std::uint8_t* stored, std::size_t stage, std::size_t set) const;
+  std::size_t Line(std::size_t set, std::size_t block) const;  // within its strip
 
   const Kernels* kernels_;
   std::size_t stages_, books_, width_, even_width_, outputs_, padded_outputs_;

@@ -54,6 +54,14 @@ void Matrix::RunOneRow(const Call& call, const Tasks& tasks) const {
   for (size_t part = 0; part < parts; ++part) {
     const Part chunks = PartOf(lookup.chunks(), parts, part);
     tasks.Share(lookup.tiles().size(), 1, [&](Shares& shares) {
+      size_t index, only;
+      const auto next_tile = [&] {
+        while (shares.Next(index)) {
+          if (shares.NextPart(index, only)) return true;
+        }
+        return false;
+      };
+      if (!next_tile()) return;
       Scratch own(Use::kTask, Scratch::Room<std::uint8_t>(chunks.size * lookup.table_bytes()) +
                                   Scratch::Room<float>(chunks.size) +
                                   Scratch::Room<std::int16_t>(lookup.chunk_values()));
@@ -63,26 +71,26 @@ void Matrix::RunOneRow(const Call& call, const Tasks& tasks) const {
       for (size_t i = 0; i < chunks.size; ++i) {
         const Lookup::Chunk chunk = lookup.At(chunks.begin + i, call.codes);
         const float* x = call.x + chunk.first_block * lookup.width();
+        lookup.Fetch(chunk, index);
         factors[i] = lookup.Round(chunk, x, weight_.depth(), rounded).factor;
         lookup.Build(chunk, rounded, tables + i * lookup.table_bytes());
       }
-      for (size_t index, only; shares.Next(index);) {
-        if (!shares.NextPart(index, only)) continue;
+      do {
         const Lookup::Tile& tile = lookup.tiles()[index];
-        const size_t output = lookup.sets()[tile.first_set].output, next_tile = (index + 1) % lookup.tiles().size();
+        const size_t output = lookup.sets()[tile.first_set].output, later = (index + 1) % lookup.tiles().size();
         float* its_sums[kMostSets];
         for (size_t i = 0; i < tile.sets; ++i) its_sums[i] = sums + lookup.sets()[tile.first_set + i].output;
         for (size_t i = 0; i < chunks.size; ++i) {
           const Lookup::Chunk chunk = lookup.At(chunks.begin + i, call.codes);
           const Lookup::Next next = i + 1 < chunks.size
                                         ? Lookup::Next{index, chunk.first_block + chunk.blocks}
-                                        : Lookup::Next{next_tile, lookup.At(chunks.begin, call.codes).first_block};
+                                        : Lookup::Next{later, lookup.At(chunks.begin, call.codes).first_block};
           lookup.Sum(chunk, index, tables + i * lookup.table_bytes(), factors[i], its_sums, part + i > 0, next);
         }
         if (part + 1 < parts) continue;
         lookup.Sort(sums + output, tile.sets);
         FinishRow(call, 0, output, std::min(tile.sets * kSetRows, weight_.outputs() - output), sums + output);
-      }
+      } while (next_tile());
     });
   }
 }

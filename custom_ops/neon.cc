@@ -66,7 +66,9 @@ struct Shorts {
     return vcvtq_f32_s32(kPart == 0 ? vaddl_s16(vget_low_s16(a), vget_low_s16(b))
                                     : vaddl_s16(vget_high_s16(a), vget_high_s16(b)));
   }
-  static void StoreNearest(std::int16_t* p, float32x4_t a) { vst1_s16(p, vqmovn_s32(vcvtnq_s32_f32(a))); }
+  static void StoreNearest(std::int16_t* p, std::size_t part, float32x4_t a) {
+    vst1_s16(p + 4 * part, vqmovn_s32(vcvtnq_s32_f32(a)));
+  }
 };
 
 inline std::uint64_t LoadEight(const std::uint8_t* p) { return vget_lane_u64(vreinterpret_u64_u8(vld1_u8(p)), 0); }
