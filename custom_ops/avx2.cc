@@ -54,7 +54,7 @@ struct Wide {
 };
 using Middle = Wide;
 
-// Lanes in an order of their own: unpacking those of two vectors yields pairs of eight lanes, in order.
+// Lanes in the order in which packing leaves them: unpacking two vectors then yields pairs of eight lanes, in order.
 struct Shorts {
   static constexpr std::size_t kLanes = 16;
   static __m256i Load(const std::int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
@@ -71,11 +71,9 @@ struct Shorts {
   static __m256i Pairs(__m256i a, __m256i b) {
     return kPart == 0 ? _mm256_unpacklo_epi16(a, b) : _mm256_unpackhi_epi16(a, b);
   }
-  static void StoreNearest(std::int16_t* p, std::size_t part, __m256 a) {
-    const __m256i nearest = _mm256_cvtps_epi32(a);
-    const __m128i all = _mm_packs_epi32(_mm256_castsi256_si128(nearest), _mm256_extracti128_si256(nearest, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p + 4 * part), all);
-    _mm_storeh_pd(reinterpret_cast<double*>(p + 8 + 4 * part), _mm_castsi128_pd(all));
+  static void StoreNearest(std::int16_t* p, const __m256* parts) {
+    const __m256i nearest = _mm256_packs_epi32(_mm256_cvtps_epi32(parts[0]), _mm256_cvtps_epi32(parts[1]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), nearest);
   }
 };
 

@@ -73,8 +73,8 @@ struct Shorts {
         _mm512_add_epi32(_mm512_maskz_cvtepi16_epi32(0xFFFF, a), _mm512_maskz_cvtepi16_epi32(0xFFFF, b));
     return _mm512_maskz_cvtepi32_ps(0xFFFF, sum);
   }
-  static void StoreNearest(std::int16_t* p, std::size_t, __m512 a) {
-    const __m512i nearest = _mm512_maskz_cvtps_epi32(0xFFFF, a);
+  static void StoreNearest(std::int16_t* p, const __m512* a) {
+    const __m512i nearest = _mm512_maskz_cvtps_epi32(0xFFFF, *a);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtsepi32_epi16(0xFFFF, nearest));
   }
 };

@@ -43,15 +43,12 @@ struct FloatTable {
   float* entries;
 };
 
-// Entries in 16 bits: x is divided by the units first. Of the vectors of floats that a word has, one: the part.
+// Entries in 16 bits, where a vector of floats has all their lanes: x is divided by the units first.
 struct ShortTable {
   using Vector = decltype(Wide::Set(0.0F));
   Vector Take(Vector x) const { return Wide::Mul(x, one_over_units); }
-  void Put(std::size_t word, Vector product) const {
-    Shorts::StoreNearest(entries + word * Shorts::kLanes, part, product);
-  }
+  void Put(std::size_t word, Vector product) const { Shorts::StoreNearest(entries + word * Shorts::kLanes, &product); }
   std::int16_t* entries;
-  std::size_t part;
   Vector one_over_units;
 };
 
@@ -126,8 +123,54 @@ void BuildFloats(const BuildEntries& b) {
   }
 }
 
+// Vectors of floats that have the lanes of an entry in 16 bits.
+constexpr std::size_t kShortParts = Shorts::kLanes / Wide::kLanes;
+
+// The same where it takes several vectors: each value of a word is then loaded once for all of them.
+template <std::size_t kAtOnce, class Vector>
+VQONNX_INLINE void BuildShortWords(const BookAndBlock& b, std::size_t word, const Vector (&one_over_units)[kShortParts],
+                                   std::int16_t* entries) {
+  const float* values = b.book + word * b.width;
+  Vector sums[kAtOnce][kShortParts];
+  VQONNX_UNROLL
+  for (std::size_t w = 0; w < kAtOnce; ++w) {
+    VQONNX_UNROLL
+    for (std::size_t p = 0; p < kShortParts; ++p) sums[w][p] = Wide::Set(0.0F);
+  }
+  for (std::size_t k = 0; k < b.cols; ++k) {
+    Vector x[kShortParts];
+    VQONNX_UNROLL
+    for (std::size_t p = 0; p < kShortParts; ++p) x[p] = Wide::Load(b.x + k * b.x_stride + p * Wide::kLanes);
+    VQONNX_UNROLL
+    for (std::size_t w = 0; w < kAtOnce; ++w) {
+      const auto value = Wide::Set(values[w * b.width + k]);
+      VQONNX_UNROLL
+      for (std::size_t p = 0; p < kShortParts; ++p) sums[w][p] = Wide::MulAdd(x[p], value, sums[w][p]);
+    }
+  }
+  VQONNX_UNROLL
+  for (std::size_t w = 0; w < kAtOnce; ++w) {
+    VQONNX_UNROLL
+    for (std::size_t p = 0; p < kShortParts; ++p) sums[w][p] = Wide::Mul(sums[w][p], one_over_units[p]);
+    Shorts::StoreNearest(entries + (word + w) * Shorts::kLanes, sums[w]);
+  }
+}
+
+template <class Vector>
+void BuildShortTable(const BookAndBlock& b, const Vector (&one_over_units)[kShortParts], std::int16_t* entries) {
+  if constexpr (kShortParts == 1) {
+    BuildOneTable<Wide>(b, ShortTable{entries, one_over_units[0]});
+  } else {
+    constexpr std::size_t kAtOnce = 3;
+    std::size_t word = 0;
+    for (; word + kAtOnce <= b.words; word += kAtOnce) BuildShortWords<kAtOnce>(b, word, one_over_units, entries);
+    for (; word < b.words; ++word) BuildShortWords<1>(b, word, one_over_units, entries);
+  }
+}
+
 void BuildShorts(const BuildEntries& b) {
-  for (std::size_t part = 0; part < Shorts::kLanes / Wide::kLanes; ++part) {
+  decltype(Wide::Set(0.0F)) one_over_units[kShortParts];
+  for (std::size_t part = 0; part < kShortParts; ++part) {
     const std::size_t lane = part * Wide::kLanes;
     auto units = Wide::Set(0.0F), before = units;  // of the first table of two
     for (std::size_t t = 0; t < b.tables; ++t) {
@@ -142,12 +185,10 @@ void BuildShorts(const BuildEntries& b) {
       units = Wide::Max(units, before);
     }
     Wide::Store(b.units + lane, units);
-    const auto one_over_units = Wide::Div(Wide::Set(1.0F), units);
-    for (std::size_t t = 0; t < b.tables; ++t) {
-      BookAndBlock block = BlockOf(b, t);
-      block.x += lane;
-      BuildOneTable<Wide>(block, ShortTable{b.shorts + t * kTableWords * Shorts::kLanes, part, one_over_units});
-    }
+    one_over_units[part] = Wide::Div(Wide::Set(1.0F), units);
+  }
+  for (std::size_t t = 0; t < b.tables; ++t) {
+    BuildShortTable(BlockOf(b, t), one_over_units, b.shorts + t * kTableWords * Shorts::kLanes);
   }
 }
 
@@ -184,9 +225,9 @@ struct FloatEntries {
 
 struct ShortEntries {
   using Value = std::int16_t;
-  static constexpr std::size_t kLanes = Shorts::kLanes, kVectors = kLanes / Wide::kLanes;
+  static constexpr std::size_t kLanes = Shorts::kLanes;
   explicit ShortEntries(const SumEntries& s) : entries(s.shorts) {
-    for (std::size_t i = 0; i < kVectors; ++i) units[i] = Wide::Load(s.units + i * Wide::kLanes);
+    for (std::size_t i = 0; i < kShortParts; ++i) units[i] = Wide::Load(s.units + i * Wide::kLanes);
   }
   static auto At(const std::int16_t* entry) { return Shorts::Load(entry); }
   template <std::size_t kTables, bool kAdd, class Entry>
@@ -197,7 +238,7 @@ struct ShortEntries {
     if constexpr (kTables > 2) second = at(2);
     if constexpr (kTables > 3) second = Shorts::Add(second, at(3));
     PutPart<(kTables > 2), kAdd, 0>(first, second, to);
-    if constexpr (kVectors > 1) PutPart<(kTables > 2), kAdd, 1>(first, second, to);
+    if constexpr (kShortParts > 1) PutPart<(kTables > 2), kAdd, 1>(first, second, to);
   }
   template <bool kTwo, bool kAdd, std::size_t kPart, class Vector>
   VQONNX_INLINE void PutPart(Vector first, Vector second, float* to) const {
@@ -211,7 +252,7 @@ struct ShortEntries {
     Wide::Store(to, kAdd ? Wide::MulAdd(sum, units[kPart], Wide::Load(to)) : Wide::Mul(sum, units[kPart]));
   }
   const std::int16_t* entries;
-  decltype(Wide::Set(0.0F)) units[kVectors];
+  decltype(Wide::Set(0.0F)) units[kShortParts];
 };
 
 template <class E, std::size_t kTables, bool kAdd>

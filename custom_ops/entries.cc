@@ -123,7 +123,8 @@ double Entries::Products(Entry entry) const {
   // a cycle; a lookup is a load, an addition, and a bit of reading codes and sums. How codes are
   // stored is left out, so that the same kernels compute a layer by rows and in strips.
   const bool is_float = entry == Entry::kFloat, by_pairs = !is_float && TakesShortBooks();
-  const double lookup = is_float ? 1.85 : 1.6, rounding = is_float ? 0.0 : by_pairs ? 0.4 : 1.0;
+  const double short_lookup = taps_ > 1 ? 1.6 : 1.35;  // sums of several taps lie further apart
+  const double lookup = is_float ? 1.85 : short_lookup, rounding = is_float ? 0.0 : by_pairs ? 0.4 : 0.8;
   const auto outputs = static_cast<double>(strips() * kStripRows), taps = static_cast<double>(taps_);
   const auto words = static_cast<double>(coded_.words);
   const double width = static_cast<double>(coded_.width) * (by_pairs ? 0.5 : 1.0);

@@ -57,8 +57,8 @@ struct Shorts {
   static float FloatsOfSum(std::int16_t a, std::int16_t b) {
     return static_cast<float>(a + b);
   }
-  static void StoreNearest(std::int16_t* p, std::size_t, float a) {
-    *p = static_cast<std::int16_t>(std::clamp(std::nearbyint(a), -32768.0F, 32767.0F));
+  static void StoreNearest(std::int16_t* p, const float* a) {
+    *p = static_cast<std::int16_t>(std::clamp(std::nearbyint(*a), -32768.0F, 32767.0F));
   }
 };
 

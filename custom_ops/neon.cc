@@ -66,8 +66,9 @@ struct Shorts {
     return vcvtq_f32_s32(kPart == 0 ? vaddl_s16(vget_low_s16(a), vget_low_s16(b))
                                     : vaddl_s16(vget_high_s16(a), vget_high_s16(b)));
   }
-  static void StoreNearest(std::int16_t* p, std::size_t part, float32x4_t a) {
-    vst1_s16(p + 4 * part, vqmovn_s32(vcvtnq_s32_f32(a)));
+  static void StoreNearest(std::int16_t* p, const float32x4_t* parts) {
+    const int16x4_t low = vqmovn_s32(vcvtnq_s32_f32(parts[0])), high = vqmovn_s32(vcvtnq_s32_f32(parts[1]));
+    vst1q_s16(p, vcombine_s16(low, high));
   }
 };
 
