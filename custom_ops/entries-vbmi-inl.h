@@ -25,8 +25,8 @@ alignas(64) constexpr UpperHalves kUpperHalves;
 
 // A table, of x as pairs of integers such that a unit of the sums' upper halves is one of the entries.
 template <std::size_t kPairs>
-void BuildShortTable(const __m512i* x, const std::int16_t* words, std::size_t count, std::size_t pairs,
-                     std::int16_t* entries) {
+void BuildTableByPairs(const __m512i* x, const std::int16_t* words, std::size_t count, std::size_t pairs,
+                       std::int16_t* entries) {
   constexpr std::size_t kAtOnce = 4;
   const __m512i half = _mm512_set1_epi32(0x8000), places = LoadBytes(kUpperHalves.places);
   const std::size_t step = 2 * (kPairs > 0 ? kPairs : pairs);
@@ -87,22 +87,23 @@ void BuildShortsByPairs(const BuildEntries& b) {
     std::int16_t* entries = b.shorts + t * kTableWords * Shorts::kLanes;
     switch (pairs) {
       case 1:
-        BuildShortTable<1>(x, b.short_books[t], b.words, pairs, entries);
+        BuildTableByPairs<1>(x, b.short_books[t], b.words, pairs, entries);
         break;
       case 2:
-        BuildShortTable<2>(x, b.short_books[t], b.words, pairs, entries);
+        BuildTableByPairs<2>(x, b.short_books[t], b.words, pairs, entries);
         break;
       case 4:
-        BuildShortTable<4>(x, b.short_books[t], b.words, pairs, entries);
+        BuildTableByPairs<4>(x, b.short_books[t], b.words, pairs, entries);
         break;
       default:
-        BuildShortTable<0>(x, b.short_books[t], b.words, pairs, entries);
+        BuildTableByPairs<0>(x, b.short_books[t], b.words, pairs, entries);
     }
   }
 }
 
 void BuildEntryByPairs(const BuildEntries& b) {
-  b.entries == nullptr&& b.short_books != nullptr ? BuildShortsByPairs(b) : BuildEntry(b);
+  if (b.entries == nullptr && b.short_books != nullptr) return BuildShortsByPairs(b);
+  BuildEntry(b);
 }
 
 }  // namespace

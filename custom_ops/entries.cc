@@ -30,25 +30,27 @@ Entries::Entries(const Weight& weight, const std::uint8_t* codes, size_t taps, P
       float_cost_(precision == Precision::kEntries ? 0.0 : Products(Entry::kFloat)),
       short_cost_(kInfinite) {
   const bool any_error = precision == Precision::kFast || precision == Precision::kShorts;
-  if ((precision != Precision::kAuto && !any_error) || !MeasureWords()) return;
-  if (any_error || ShortError(codes) <= kMostError) short_cost_ = Products(Entry::kShort);
+  std::vector<double> squares;
+  if ((precision != Precision::kAuto && !any_error) || !MeasureWords(squares)) return;
+  if (any_error || ShortError(squares, codes) <= kMostError) short_cost_ = Products(Entry::kShort);
   if (precision == Precision::kShorts) short_cost_ = 0.0;
   if (short_cost_ < kInfinite && TakesShortBooks()) RoundWords();
 }
 
-// False: words are not such that there can be entries of 16 bits.
-bool Entries::MeasureWords() {
+// The squares of the lengths of all words [stages, books, words], and the longest words. False: they are not such that
+// there can be entries of 16 bits.
+bool Entries::MeasureWords(std::vector<double>& squares) {
   const Coded& m = coded_;
   const size_t books = m.stages * m.books;
-  squares_.assign(books * m.words, 0.0);
-  for (size_t i = 0; i < squares_.size() * m.width; ++i) {
-    squares_[i / m.width] += double{m.codebooks[i]} * double{m.codebooks[i]};
+  squares.assign(books * m.words, 0.0);
+  for (size_t i = 0; i < squares.size() * m.width; ++i) {
+    squares[i / m.width] += double{m.codebooks[i]} * double{m.codebooks[i]};
   }
   double most = 0.0;
   for (size_t book = 0; book < books; ++book) {
     double square = 0.0;
     for (size_t word = 0; word < m.words; ++word) {
-      const double its = squares_[book * m.words + word];
+      const double its = squares[book * m.words + word];
       if (!(its < kHugeWord * kHugeWord)) return false;
       square = std::max(square, its);
     }
@@ -82,7 +84,7 @@ void Entries::RoundWords() {
 // The relative error of a layer that is to be expected of inputs that are alike: an entry is off by 0.33 of its unit
 // (by 0.29 where x and words are not rounded themselves). A unit is that of two blocks of x together, which are
 // some 1.1 times as long as most. It is compared with the entries of words as some of the rows use them.
-double Entries::ShortError(const std::uint8_t* codes) const {
+double Entries::ShortError(const std::vector<double>& squares, const std::uint8_t* codes) const {
   constexpr size_t kSampledRows = 64;
   Coded m = coded_;
   m.codes = codes;
@@ -94,7 +96,7 @@ double Entries::ShortError(const std::uint8_t* codes) const {
     for (size_t r = 0; r < m.rows; r += step) {
       kernels_->unpack(RowOfCodes(m, stage, r, room), m.row_bytes, m.bits, groups, row.data());
       for (size_t group = 0; group < groups; ++group) {
-        used += squares_[(stage * m.books + group % tap_blocks_ % m.books) * m.words + row[group]];
+        used += squares[(stage * m.books + group % tap_blocks_ % m.books) * m.words + row[group]];
       }
       count += static_cast<double>(groups);
     }

@@ -83,9 +83,9 @@ class Entries {
   };
 
  private:
-  bool MeasureWords();
+  bool MeasureWords(std::vector<double>& squares);
   void RoundWords();
-  double ShortError(const std::uint8_t* codes) const;
+  double ShortError(const std::vector<double>& squares, const std::uint8_t* codes) const;
   double Products(Entry entry) const;
   bool TakesShortBooks() const { return kernels_->takes_short_books && coded_.width <= kMostShortWidth; }
 
@@ -93,7 +93,6 @@ class Entries {
   Coded coded_;  // without codes
   std::size_t taps_;
   std::size_t inputs_, tap_blocks_;  // of a tap
-  std::vector<double> squares_;      // of the length of each word [stages, books, words]
   std::vector<float> longest_;       // the greatest length of each book's words [stages, books]
   double float_cost_, short_cost_;
   std::vector<std::vector<std::int16_t>> short_books_;  // [stages * books], for kernels that want them
