@@ -229,7 +229,8 @@ bool Conv::RunEntries(const Call& call, std::span<const std::int64_t> shape, con
   size_t inputs = 1;
   for (const std::int64_t size : shape) inputs *= static_cast<size_t>(size);
   Entry entry = Entry::kFloat;
-  if (EntriesProducts(Entry::kShort, shape, grid) < std::min(exact, floats) && entries_->ShortsSuit(call.x, inputs)) {
+  if (EntriesProducts(Entry::kShort, shape, grid) < std::min(exact, floats) &&
+      CanRound(kernels_->largest(call.x, inputs))) {
     entry = Entry::kShort;
   } else if (floats >= exact) {
     return false;

@@ -234,7 +234,7 @@ bool Conv::RunLookup(const Call& call, std::span<const std::int64_t> shape, cons
     if (band > 0) meet(band - 1);
     if (!is_last) meet(band);
   });
-  return Lookup::Suits(most);
+  return CanRound(most);
 }
 
 }  // namespace vqonnx

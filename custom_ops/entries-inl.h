@@ -168,22 +168,34 @@ void BuildShortTable(const BookAndBlock& b, const Vector (&one_over_units)[kShor
   }
 }
 
+// The units of the rows from `lane` on, a vector of them, and the largest magnitudes of x.
+struct UnitsAndMost {
+  decltype(Wide::Set(0.0F)) units, most;
+};
+
+VQONNX_INLINE UnitsAndMost UnitsOf(const BuildEntries& b, std::size_t lane) {
+  const auto zero = Wide::Set(0.0F);
+  auto units = zero, most = zero, before = zero;  // of the first table of two
+  for (std::size_t t = 0; t < b.tables; ++t) {
+    const BookAndBlock block = BlockOf(b, t);
+    auto square = zero;
+    for (std::size_t k = 0; k < block.cols; ++k) {
+      const auto value = Wide::Load(block.x + k * block.x_stride + lane);
+      square = Wide::MulAdd(value, value, square);
+      most = Wide::Max(most, Wide::Max(value, Wide::Mul(value, Wide::Set(-1.0F))));
+    }
+    const auto length = Wide::Max(Wide::Sqrt(square), Wide::Set(kShortInput));
+    before = Wide::MulAdd(length, Wide::Set(b.longest[t] / kShortSum), t % 2 == 0 ? zero : before);
+    units = Wide::Max(units, before);
+  }
+  return {units, most};
+}
+
 void BuildShorts(const BuildEntries& b) {
   decltype(Wide::Set(0.0F)) one_over_units[kShortParts];
   for (std::size_t part = 0; part < kShortParts; ++part) {
     const std::size_t lane = part * Wide::kLanes;
-    auto units = Wide::Set(0.0F), before = units;  // of the first table of two
-    for (std::size_t t = 0; t < b.tables; ++t) {
-      const BookAndBlock block = BlockOf(b, t);
-      auto square = Wide::Set(0.0F);
-      for (std::size_t k = 0; k < block.cols; ++k) {
-        const auto value = Wide::Load(block.x + k * block.x_stride + lane);
-        square = Wide::MulAdd(value, value, square);
-      }
-      const auto length = Wide::Max(Wide::Sqrt(square), Wide::Set(kShortInput));
-      before = Wide::MulAdd(length, Wide::Set(b.longest[t] / kShortSum), t % 2 == 0 ? Wide::Set(0.0F) : before);
-      units = Wide::Max(units, before);
-    }
+    const auto units = UnitsOf(b, lane).units;
     Wide::Store(b.units + lane, units);
     one_over_units[part] = Wide::Div(Wide::Set(1.0F), units);
   }

@@ -54,22 +54,9 @@ void BuildTableByPairs(const __m512i* x, const std::int16_t* words, std::size_t 
 }
 
 void BuildShortsByPairs(const BuildEntries& b) {
-  const __m512 zero = _mm512_setzero_ps();
-  __m512 units = zero, most = zero, before = zero;  // of the first table of two
-  for (std::size_t t = 0; t < b.tables; ++t) {
-    const BookAndBlock block = BlockOf(b, t);
-    __m512 square = zero;
-    for (std::size_t k = 0; k < block.cols; ++k) {
-      const __m512 value = Wide::Load(block.x + k * block.x_stride);
-      square = Wide::MulAdd(value, value, square);
-      most = Wide::Max(most, Wide::Max(value, _mm512_sub_ps(zero, value)));
-    }
-    const __m512 length = Wide::Max(Wide::Sqrt(square), Wide::Set(kShortInput));
-    before = Wide::MulAdd(length, Wide::Set(b.longest[t] / kShortSum), t % 2 == 0 ? zero : before);
-    units = Wide::Max(units, before);
-  }
+  const auto [least, most] = UnitsOf(b, 0);
   // An entry is the product of integers, divided by 2^16.
-  units = Wide::Max(units, Wide::Mul(most, Wide::Set(2.001F / b.word_scale)));
+  const __m512 units = Wide::Max(least, Wide::Mul(most, Wide::Set(2.001F / b.word_scale)));
   Wide::Store(b.units, units);
   const __m512 factor = Wide::Div(Wide::Set(65536.0F / b.word_scale), units);
   const std::size_t pairs = (b.width + 1) / 2;

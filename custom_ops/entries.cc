@@ -14,9 +14,8 @@ namespace {
 
 constexpr double kInfinite = std::numeric_limits<double>::infinity();
 
-// Lengths of words and magnitudes of inputs for which no step of the way leaves float32.
+// Lengths of words for which no step of the way leaves float32.
 constexpr double kHugeWord = 1e10, kTinyWord = 1e-10;
-constexpr float kHugeInput = 1e18F, kTinyInput = 1e-18F;
 
 }  // namespace
 
@@ -103,11 +102,6 @@ double Entries::ShortError(const std::vector<double>& squares, const std::uint8_
   }
   const double usual = std::sqrt(used / std::max(count, 1.0) / static_cast<double>(m.width));
   return usual > 0.0 ? 0.33 * 2.2 * std::sqrt(longest) / usual / double{kShortSum} : kInfinite;
-}
-
-bool Entries::ShortsSuit(const float* x, size_t count) const {
-  const float largest = kernels_->largest(x, count);
-  return largest == 0.0F || (largest > kTinyInput && largest < kHugeInput);
 }
 
 bool Entries::Possible(const Weight& weight, size_t taps) {

@@ -31,9 +31,6 @@ class Entries {
   // What they take, about, counted in products of two numbers, for each input position; infinite: they may not be.
   double cost(Entry entry) const { return entry == Entry::kFloat ? float_cost_ : short_cost_; }
 
-  // Whether entries of 16 bits can deal with such inputs: finite, and neither huge nor tiny.
-  bool ShortsSuit(const float* x, std::size_t count) const;
-
   // Positions that tables are for: of some, and of many.
   std::size_t lanes(Entry entry, std::size_t positions) const;
   std::size_t lanes(Entry entry) const { return entry == Entry::kShort ? kernels_->short_lanes : kernels_->row_lanes; }

@@ -18,8 +18,6 @@ constexpr double kMostInt16 = 32767.0;
 constexpr float kMostRounded = 32766.9F;  // so that a product with a rounded quotient stays below
 // Dot products stay so far below 2^31 that rounding cannot carry them over it.
 constexpr double kMostProduct = 2147483648.0 - 8388608.0;
-// Magnitudes whose squares float can represent.
-constexpr float kHuge = 1e18F, kTiny = 1e-18F;
 // Inputs that share a scale, and so feel the largest of them.
 constexpr size_t kChunkInputs = 512;
 constexpr size_t kFetchedEarly = 16384;
@@ -333,14 +331,6 @@ void Lookup::SumStrips(const Chunk& chunk, size_t tile, const std::uint8_t* tabl
                           .sums = sums,
                           .add = add || stage > 0});
   }
-}
-
-bool Lookup::Suits(float most) { return most == 0.0F || (most > kTiny && most < kHuge); }
-
-bool Lookup::Suits(const float* x, size_t count) const {
-  const Extent extent = kernels_->measure(x, count / 2, 2);
-  const float last = count % 2 != 0 ? std::fabs(x[count - 1]) : 0.0F;
-  return extent.finite && std::isfinite(last) && Suits(std::max(extent.most, last));
 }
 
 bool Lookup::Allowed(bool any_error) const { return any_error || (kernels_->tables_pay && error_ <= kMostError); }

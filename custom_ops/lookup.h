@@ -98,11 +98,6 @@ class Lookup {
   std::size_t padded_outputs() const { return padded_outputs_; }
   const float* scales() const { return scales_; }
 
-  // Whether lookups can deal with inputs of which this is the largest magnitude, and lose no more than they should:
-  // finite, and neither huge nor tiny.
-  static bool Suits(float most);
-  bool Suits(const float* x, std::size_t count) const;
-
   // Whether their error is small, or any will do, and the instruction set is one in which they can pay.
   bool Allowed(bool any_error) const;
 

@@ -61,13 +61,13 @@ bool Matrix::ByTables(size_t rows) const {
 }
 
 void Matrix::Run(const Call& call, size_t rows, const Tasks& tasks) const {
-  const size_t inputs = rows * weight_.depth();
-  if (lookup_ && ByTables(rows) && lookup_->Suits(call.x, inputs)) {
+  const auto can_round = [&] { return CanRound(kernels_->largest(call.x, rows * weight_.depth())); };
+  if (lookup_ && ByTables(rows) && can_round()) {
     if (rows == 1 && lookup_->in_strips()) return RunOneRow(call, tasks);
     return rows <= kFewRows ? RunFewRows(call, rows, tasks) : RunManyRows(call, rows, tasks);
   }
   const double exact = ExactProducts(rows), floats = EntriesProducts(Entry::kFloat, rows);
-  if (EntriesProducts(Entry::kShort, rows) < std::min(exact, floats) && entries_->ShortsSuit(call.x, inputs)) {
+  if (EntriesProducts(Entry::kShort, rows) < std::min(exact, floats) && can_round()) {
     return RunEntries(call, Entry::kShort, rows, tasks);
   }
   floats < exact ? RunEntries(call, Entry::kFloat, rows, tasks) : RunExact(call, rows, tasks);

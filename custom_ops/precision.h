@@ -11,6 +11,13 @@ enum class Precision { kAuto, kExact, kFast, kTables, kEntries, kShorts };
 // The relative error of a layer up to which kAuto allows it, as it is expected.
 constexpr double kMostError = 2.5e-4;
 
+// Magnitudes whose squares float can represent.
+constexpr float kHuge = 1e18F, kTiny = 1e-18F;
+
+// Whether tables of 16 bits can deal with inputs of which this is the largest magnitude, and lose no more than they
+// should: finite, and neither huge nor tiny.
+constexpr bool CanRound(float largest) { return largest == 0.0F || (largest > kTiny && largest < kHuge); }
+
 }  // namespace vqonnx
 
 #endif  // VQONNX_PRECISION_H_

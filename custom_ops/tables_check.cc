@@ -67,18 +67,22 @@ void CheckErrors(const Kernels& kernels) {
       CheckMagnitudes(kernels, node, "Matrix", run, inputs);
     }
     for (const auto& [channels, size] : {std::pair<size_t, size_t>{64, 12}, {128, 6}, {256, 4}}) {
-      const auto c = static_cast<std::int64_t>(channels), s = static_cast<std::int64_t>(size);
+      const auto c = static_cast<std::int64_t>(channels);
       const Node node = Usual(random, channels, channels * 9, width, {c, 3, 3, c}, {0, 3, 1, 2}, bits);
       const std::vector<float> bias(channels, 0.0F);
-      const Dims ones = {1, 1}, pads = {1, 1, 1, 1}, shape = {1, c, s, s};
-      const auto run = [&](Precision precision, const std::vector<float>& x) {
-        std::vector<float> out(channels * size * size);
+      const Dims ones = {1, 1}, pads = {1, 1, 1, 1};
+      const auto run = [&](Precision precision, const std::vector<float>& x) {  // an image is a square
+        std::vector<float> out(x.size());
+        const auto s = static_cast<std::int64_t>(std::lround(std::sqrt(x.size() / channels)));
+        const Dims shape = {1, c, s, s};
         Call call = {.x = x.data(), .codes = node.sample.View().codes, .bias = bias.data(), .addend = nullptr};
         call.out = out.data();
         Conv(node.View(), node.perm, ones, ones, pads, 1, precision, kernels).Run(call, shape, Shuffled(1));
         return out;
       };
       CheckError(kernels, node, "Conv", run, channels * size * size);
+      const size_t few = 256 / channels;  // rows and columns: magnitudes need no large image
+      CheckMagnitudes(kernels, node, "Conv", run, channels * few * few);
     }
   }
 }
