@@ -28,12 +28,17 @@ void CheckTables(const Kernels& kernels, const Sample& sample, const std::vector
     Compare(kernels, sample, "a layer by tables", by_tables, exact, kByTables);
     if (SameBits(by_tables, exact)) Fail(kernels, sample, "a layer that should have tables has none");
   }
+  // Entries ask for all inputs before anything else, so that one place for each value will do.
+  size_t asked = 0;
   for (const float value : {std::nanf(""), HUGE_VALF, -HUGE_VALF, 3e38F}) {
-    for (const size_t place : {size_t{0}, x.size() / 2, x.size() - 1}) {
+    const size_t places[] = {0, x.size() / 2, x.size() - 1}, one = places[asked++ % 3];
+    for (const size_t place : places) {
+      if (place != one && kernels.sum_tables == nullptr) continue;
       std::vector<float> odd = x;
       odd[place] = value;
       const std::vector<float> want = run(Precision::kExact, odd);
       for (const Precision kind : kinds) {
+        if (kind == Precision::kShorts && place != one) continue;
         if (SameBits(run(kind, odd), want)) continue;
         Fail(kernels, sample,
              "a layer takes tables though input " + std::to_string(place) + " is " + std::to_string(value));
